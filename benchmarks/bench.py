@@ -1,0 +1,177 @@
+"""Speed and memory of the recorder beside what a user would use instead, in one run.
+
+    make bench            # prints the table, writes benchmarks/results.json
+
+Every figure is measured here and now; nothing is a test. Each measurement of memory or of a whole command runs in a process of its own.
+"""
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore")
+HERE = Path(__file__).parent
+LENGTH, BATCH, WINDOWS = 256, 8, 24
+
+
+def peak_mb() -> float:
+    "Peak resident memory of this process, in MB."
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def child(*args: str) -> dict:
+    "Run one measurement of this file in a process of its own."
+    out = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
+    if out.returncode: raise SystemExit(out.stderr)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def corpus():
+    from langneuron_mi.corpora import load_corpus
+    return load_corpus("bible", ["en", "de", "fr", "ru", "zh", "ja", "ar", "tr"])
+
+
+def matmul_rate(v) -> float:
+    "Measured FLOP/s of a matrix product in the shape of the model's MLP (batch x positions against d_model x d_mlp)."
+    import torch
+    a, b = torch.randn(LENGTH * BATCH, v.d_model), torch.randn(v.d_model, v.d_mlp)
+    (a @ b)
+    n, t = 60, time.perf_counter()
+    for _ in range(n): a @ b
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] * n / (time.perf_counter() - t)
+
+
+def body_flops(v) -> float:
+    "FLOPs per token of the body's matrix products: 2 per weight of every linear layer, and the attention scores and values."
+    linear = sum(m.weight.numel() for n, m in v.hf.named_modules() if m.__class__.__name__ == "Linear" and "lm_head" not in n)
+    cfg = v.hf.config
+    attention = cfg.num_hidden_layers * 2 * 2 * cfg.num_attention_heads * cfg.head_dim * LENGTH
+    return 2 * linear + attention
+
+
+def speed() -> dict:
+    "Tokens per second, each the best of three rounds over the same windows, the contenders taking turns."
+    import torch
+    from transformers import AutoModelForCausalLM
+    from langneuron_mi.models import bundled_folder, load_model, view
+    from langneuron_mi.recording import record
+    from langneuron_mi.windows import pack
+    model = load_model("gemma-3-270m")
+    v = view(model)
+    text = corpus().select(["en", "de"])
+    tokens = WINDOWS // 2 * (LENGTH - 1)
+    w = pack(text, v.tokenizer, tokens=tokens, length=LENGTH, seed=0, bos_token_id=v.bos_token_id)
+    batches = [b for l in w.langs for i in range(0, w.n_windows(l), BATCH) for b in w.batches(l, i, min(i + BATCH, w.n_windows(l)))]
+    hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
+    names = {v.point(l, "pre").name for l in range(v.n_layers)}
+
+    def hf_body():
+        for b in batches: hf.model(b, use_cache=False)
+    def hf_logits():
+        for b in batches: hf(b, use_cache=False)
+    def run_with_cache():
+        counts = torch.zeros(v.n_layers, v.d_mlp, dtype=torch.int64)
+        for b in batches:
+            _, cache = model.run_with_cache(b, names_filter=lambda n: n in names)
+            for i, n in enumerate(sorted(names, key=lambda n: int(n.split(".")[1]))): counts[i] += (cache[n][:, 1:] > 0).sum((0, 1))
+    def recorded(*groups):
+        return lambda: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=groups, progress=False)
+
+    contenders = dict(hf_body=hf_body, hf_logits=hf_logits, run_with_cache=run_with_cache, record=recorded("counts"), record_moments=recorded("counts", "moments"))
+    best, rates = {k: 0. for k in contenders}, []
+    with torch.inference_mode():
+        for b in batches[:1]: v.body(b)
+        v.fingerprint
+        for _ in range(3):
+            rates.append(matmul_rate(v))
+            for name, fn in contenders.items():
+                t = time.perf_counter()
+                fn()
+                best[name] = max(best[name], 2 * tokens / (time.perf_counter() - t))
+    out = {f"{k}_tok_s": round(x, 1) for k, x in best.items()}
+    return dict(limit_tok_s=round(max(rates) / body_flops(v), 1), **out, matmul_gflop_s=round(max(rates) / 1e9, 1), body_mflop_per_token=round(body_flops(v) / 1e6, 1))
+
+
+def record_peak(tokens: int) -> dict:
+    "Peak memory of a recording of so many tokens."
+    from langneuron_mi.models import load_model
+    from langneuron_mi.recording import record
+    record(load_model("gemma-3-270m"), corpus(), langs=["en", "de"], tokens=tokens // 2, out=tempfile.mkdtemp(), progress=False)
+    return dict(mb=round(peak_mb(), 1))
+
+
+def lape_70b() -> dict:
+    "LAPE on counts of a 70B model in 18 languages: seconds, and peak memory over the input's."
+    import torch
+    from langneuron_mi.identification import lape
+    from langneuron_mi.recording import ActivationStats
+    langs = "en de fr ru zh ja ar tr es it pt vi id th ko pl sw hi".split()
+    n = 1_000_000
+    base = peak_mb()
+    counts = torch.randint(0, n // 4, (len(langs), 80, 28672), dtype=torch.int64)
+    size = counts.numel() * 8 / 2**20
+    stats = ActivationStats(tuple(langs), {l: n for l in langs}, counts)
+    t = time.perf_counter()
+    lape(stats)
+    return dict(s=round(time.perf_counter() - t, 2), ratio=round((peak_mb() - base) / size, 2))
+
+
+def demo() -> dict:
+    "The demo from nothing but the installed packages and the converted model: seconds and peak memory."
+    out = tempfile.mkdtemp()
+    t = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    s = time.perf_counter() - t
+    t = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    again = time.perf_counter() - t
+    shutil.rmtree(out)
+    return dict(s=round(s, 1), again_s=round(again, 1), mb=round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1))
+
+
+def cpu_name() -> str:
+    try: return next(l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor()
+
+
+def main() -> None:
+    from importlib.metadata import version
+    r = dict(machine=f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}", command="make bench",
+             versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")} | dict(python=platform.python_version()),
+             settings=dict(model="gemma-3-270m (Q4_K_M, dequantised), fp32", window=LENGTH, batch=BATCH))
+    r |= child("speed")
+    r |= {f"record_peak_mb_{n // 1000}k": child("record_peak", str(n))["mb"] for n in (10_000, 100_000)}
+    r |= {f"lape_70b_{k}": x for k, x in zip(("s", "mem_ratio"), child("lape_70b").values())}
+    d = child("demo")
+    r |= dict(demo_s=d["s"], demo_again_s=d["again_s"], demo_peak_mb=d["mb"])
+    (HERE / "results.json").write_text(json.dumps(r, indent=1) + "\n")
+    table(r)
+
+
+def table(r: dict) -> None:
+    "The figures with their ratios."
+    e = r["record_tok_s"]
+    rows = [("limit: matrix-product rate / FLOPs per token", r["limit_tok_s"], f"record reaches {e / r['limit_tok_s']:.2f} of it (to reach: 0.65)"),
+            ("Hugging Face body", r["hf_body_tok_s"], f"{e / r['hf_body_tok_s']:.2f} (0.90)"),
+            ("Hugging Face with logits", r["hf_logits_tok_s"], f"{e / r['hf_logits_tok_s']:.2f}"),
+            ("run_with_cache, then count", r["run_with_cache_tok_s"], f"{e / r['run_with_cache_tok_s']:.2f} (2.2)"),
+            ("record, counts", e, ""), ("record, counts and moments", r["record_moments_tok_s"], f"{r['record_moments_tok_s'] / e:.2f} of counts alone (0.90)")]
+    print(f"{r['machine']}\n")
+    for name, x, note in rows: print(f"{name:<48}{x:>10.1f} tok/s   {note}")
+    print(f"\n{'peak memory of record, 10k and 100k tokens':<48}{r['record_peak_mb_10k']:>8.0f} and {r['record_peak_mb_100k']:.0f} MB   ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)")
+    print(f"{'LAPE, 80 layers x 28,672 x 18 languages':<48}{r['lape_70b_s']:>8.1f} s   (under 20), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)")
+    print(f"{'demo':<48}{r['demo_s']:>8.0f} s   (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1: main()
+    else: print(json.dumps(globals()[sys.argv[1]](*map(int, sys.argv[2:]))))

@@ -1,0 +1,27 @@
+"Find, ablate and amplify language-specific neurons in multilingual language models."
+__version__ = "0.1.0"
+
+from importlib import import_module
+
+_names = {
+    "languages": ["language", "languages"],
+    "corpora": ["Corpus", "load_corpus"],
+    "models": ["load_model", "view"],
+    "recording": ["ActivationStats", "cache_activations", "record"],
+    "neurons": ["LanguageNeurons", "NeuronSet"],
+    "identification": ["lape", "random_neurons"],
+    "interventions": ["Intervention", "ablate", "add", "amplify", "set_to"],
+    "perplexity": ["PerplexityMatrix", "perplexity_matrix"],
+    "comparison": ["Experiment", "read_experiment"],
+    "report": ["write_report"],
+    "testing": ["planted_model"],
+}
+_where = {name: module for module, names in _names.items() for name in names}
+__all__ = sorted(_where)
+
+def __getattr__(name: str):
+    "Names are imported when first used: `langneuron --help` must not wait for torch."
+    if name not in _where: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_where[name]}"), name)
+
+def __dir__(): return __all__

@@ -1,0 +1,78 @@
+"Command line: fast help, one line and exit code 2 on wrong input, the whole way on a tiny model."
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from langneuron_mi.cli import commands, main
+from langneuron_mi.testing import planted_model
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "langneuron_mi.cli_entry", *args] if False else [sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", *args],
+                          capture_output=True, text=True)
+
+
+def test_cli_help_imports_nothing_heavy():
+    code = "import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({'torch','transformers','transformer_lens','pandas','plotly'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "usage: langneuron" in out and out.strip().endswith("[]")
+    for name in commands:
+        assert name in out
+
+
+@pytest.mark.parametrize("name", list(commands))
+def test_cli_every_command_has_help_and_refuses_unknown_options(name):
+    out = run(name, "--help")
+    assert out.returncode == 0 and "usage: langneuron" in out.stdout
+    bad = run(name, "--no-such-option", "1")
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["recrod"], "did you mean 'record'"),
+    (["demo", "--langs", "en,ger"], "did you mean"),
+    (["demo", "--tokens", "many"], "invalid"),
+    (["record", "gemma-3-270m", "bible", "en,ger", "x"], "no language 'ger'"),
+    (["record", "gemma-3-270m", "/no/such/folder", "en,de", "x"], "/no/such/folder"),
+    (["identify", "/no/such/file", "x"], "/no/such/file"),
+    (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
+    (["compare", "/no/such.toml"], "/no/such.toml"),
+    (["report", "/no/such"], "/no/such"),
+    (["info", "/no/such"], "/no/such"),
+])
+def test_cli_wrong_input_exits_2_with_one_line(argv, words, capsys):
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_cli_the_whole_way(tmp_path, capsys):
+    p = planted_model()
+    p.hf.save_pretrained(tmp_path / "model")
+    p.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text").mkdir()
+    for lang, lines in p.texts(300, seed=0).items():
+        (tmp_path / "text" / f"{lang}.txt").write_text("\n".join(lines), encoding="utf-8")
+    model, text = str(tmp_path / "model"), str(tmp_path / "text")
+    assert main(["record", model, text, "en,de,fr", str(tmp_path / "run"), "--tokens", "500"]) == 0
+    assert main(["identify", str(tmp_path / "run"), str(tmp_path / "neurons.safetensors")]) == 0
+    assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "ppl.csv"), "--tokens", "60"]) == 0
+    df = pd.read_csv(tmp_path / "ppl.csv")
+    own = df[(df.method == "lape") & (df.neurons_of == df.text_lang)]
+    assert (own.ratio > 3).all() and set(df.method) == {"lape", "random"}
+    assert main(["info", str(tmp_path / "neurons.safetensors")]) == 0
+    assert '"kind"' in capsys.readouterr().out
+    config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
+    (tmp_path / "e.toml").write_text(config)
+    assert main(["compare", str(tmp_path / "e.toml")]) == 0
+    assert (tmp_path / "exp/report.html").exists()
+    assert list(pd.read_csv(tmp_path / "exp/tables/perplexity.csv").columns) == ["method", "neurons_of", "text_lang", "ratio", "low", "high", "n_tokens"]
+    assert main(["report", str(tmp_path / "exp")]) == 0
+    (tmp_path / "e.toml").write_text(config.replace("tokens = 400", "tokenz = 400"))
+    assert main(["compare", str(tmp_path / "e.toml")]) == 2
