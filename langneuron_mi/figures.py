@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'OKABE_ITO', 'TEMPLATE', 'log', 'lang_name', 'neurons_per_layer', 'overlap_heatmap', 'ratio_matrices',
            'ratio_matrix', 'dot_interval', 'Html', 'token_heat', 'figure_html', 'save_figures']
 
-# %% ../nbs/31_figures.ipynb #01cc3e88
+# %% ../nbs/31_figures.ipynb #7ea8911a
 import functools
 import html
 import logging
@@ -26,7 +26,7 @@ from plotly.subplots import make_subplots
 from .artifacts import atomic_write
 from .languages import UnknownLanguage, language
 
-# %% ../nbs/31_figures.ipynb #91f368fc
+# %% ../nbs/31_figures.ipynb #063a123b
 INK, FAINT = "#222222", "#6b6b6b"
 _bar = dict(thickness=12, outlinewidth=0, title_font_size=13)
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -46,7 +46,7 @@ def lang_name(code: str, # any spelling that `language` accepts, or any other la
     try: return language(code).name
     except UnknownLanguage: return str(code)
 
-# %% ../nbs/31_figures.ipynb #c86e60f1
+# %% ../nbs/31_figures.ipynb #19b7b399
 def _need(df: pd.DataFrame, *columns: str) -> None:
     "One clear error where columns are missing."
     if missing := [c for c in columns if c not in df.columns]:
@@ -62,7 +62,7 @@ def _unique(*columns: Iterable) -> list:
     "Values in the order of their first appearance."
     return list(dict.fromkeys(x for c in columns for x in c))
 
-# %% ../nbs/31_figures.ipynb #6d80403e
+# %% ../nbs/31_figures.ipynb #359a3442
 def _current(fig: go.Figure, key: str):
     "The figure's own value of a layout key, as plain JSON."
     if key == "annotations": return [a.to_plotly_json() for a in fig.layout.annotations]
@@ -77,7 +77,7 @@ def _narrow(fig: go.Figure, relayout: Mapping | None = None, restyle: Mapping | 
     wide = dict(relayout={k: _current(fig, k) for k in relayout}, restyle={k: [t[k] for t in fig.data] for k in restyle})
     return fig.update_layout(meta=dict(narrow=dict(relayout=relayout, restyle=restyle), wide=wide))
 
-# %% ../nbs/31_figures.ipynb #9108a748
+# %% ../nbs/31_figures.ipynb #ab8f3d45
 def neurons_per_layer(df: pd.DataFrame, # columns lang, layer, n
                       title: str = "Language neurons per layer") -> go.Figure:
     "Heatmap of how many neurons each language owns in each layer."
@@ -93,7 +93,7 @@ def neurons_per_layer(df: pd.DataFrame, # columns lang, layer, n
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, autorange="reversed", showgrid=False)
     return _narrow(fig, {"xaxis.nticks": 8})
 
-# %% ../nbs/31_figures.ipynb #121edde1
+# %% ../nbs/31_figures.ipynb #5c65039f
 def overlap_heatmap(df: pd.DataFrame, # columns lang_a, lang_b, jaccard; one triangle is enough
                     title: str = "Overlap of the languages' neurons") -> go.Figure:
     "Symmetric heatmap of Jaccard indices, 0 to 1."
@@ -101,7 +101,8 @@ def overlap_heatmap(df: pd.DataFrame, # columns lang_a, lang_b, jaccard; one tri
     langs = _unique(df.lang_a, df.lang_b)
     z = _grid(df, "lang_a", "lang_b", "jaccard", langs, langs)
     z = np.where(np.isnan(z), z.T, z)
-    np.fill_diagonal(z, np.where(np.isnan(np.diag(z)), 1, np.diag(z)))
+    said = set(df.lang_a[df.lang_a == df.lang_b])  # a set that owns nothing is not like itself: its nan stays empty
+    for i, lang in enumerate(langs): z[i, i] = z[i, i] if lang in said else 1
     names, at = [lang_name(l) for l in langs], list(range(len(langs)))
     hover = [[f"{a} and {b}<br>Jaccard index <b>{v:.3f}</b>" for b, v in zip(names, line)] for a, line in zip(names, z)]
     fig = go.Figure(go.Heatmap(z=z, x=at, y=at, xgap=1, ygap=1, zmin=0, zmax=1, colorscale="Blues", texttemplate="%{z:.2f}", hovertext=hover,
@@ -111,7 +112,7 @@ def overlap_heatmap(df: pd.DataFrame, # columns lang_a, lang_b, jaccard; one tri
     fig.update_yaxes(tickvals=at, ticktext=names, autorange="reversed", showgrid=False)
     return _narrow(fig, {}, {"showscale": False, "textfont.size": 10})
 
-# %% ../nbs/31_figures.ipynb #c7a80bba
+# %% ../nbs/31_figures.ipynb #7569166f
 def _ratio_text(r: float) -> str:
     "Three digits for a cell."
     if np.isnan(r): return "–"
@@ -125,7 +126,7 @@ def _ratio_ticks(limit: float) -> list[float]:
     up = [d * 10.**k for k in range(0, 300, every) for d in digits if d * 10.**k <= limit * 1.0001]
     return sorted({*up, *(1 / u for u in up)})
 
-# %% ../nbs/31_figures.ipynb #c0b19811
+# %% ../nbs/31_figures.ipynb #07616a52
 def _cell(r: float, low: float, high: float, columns: int) -> str:
     "Text of a cell when so many columns share the figure's width."
     if columns > 40: return ""
@@ -153,7 +154,7 @@ def _panel(df: pd.DataFrame, rows: Sequence, cols: Sequence, limit: float, colum
         text=_cells(df, rows, cols, columns),
         hovertext=[[hover(i, j) for j in range(len(cols))] for i in range(len(rows))], hoverinfo="text", hoverongaps=False)
 
-# %% ../nbs/31_figures.ipynb #987768fe
+# %% ../nbs/31_figures.ipynb #c4cb6056
 def _frame(rows: Sequence, cols: Sequence, axis: str) -> list[dict]:
     "Outlines of the cells in which the text is in the neurons' own language."
     return [dict(type="rect", xref=f"x{axis}", yref=f"y{axis}", x0=j - .48, x1=j + .48, y0=i - .48, y1=i + .48, line=dict(color=INK, width=1.6))
@@ -181,7 +182,7 @@ def _ratio_axes(fig: go.Figure, rows: Sequence, cols: Sequence, limit: float) ->
         x=.5, len=.9, thickness=10, outlinewidth=0, title=dict(text="perplexity ratio (1 = no effect)", side="bottom", font_size=13),
         tickvals=[math.log(t) for t in ticks], ticktext=[f"{t:,.4g}" for t in ticks]))
 
-# %% ../nbs/31_figures.ipynb #5369a61f
+# %% ../nbs/31_figures.ipynb #23110fed
 def ratio_matrices(df: pd.DataFrame, # columns method, neurons_of, text_lang, ratio, low, high, n_tokens
                    title: str = "Perplexity with the neurons silenced, relative to none",
                    limit: float | int | None = None, # ratio of the darkest colour; default the largest finite effect, at least 2
@@ -208,7 +209,7 @@ def ratio_matrix(df: pd.DataFrame, # columns neurons_of, text_lang, ratio, low, 
     "Perplexity ratios of one method."
     return ratio_matrices(df.assign(method=""), title, limit)
 
-# %% ../nbs/31_figures.ipynb #0c248758
+# %% ../nbs/31_figures.ipynb #52ba8738
 def _dodge(groups: int) -> np.ndarray:
     "Vertical offsets that keep the groups of one row apart."
     return (np.arange(groups) - (groups - 1) / 2) * min(.22, .7 / max(groups, 1))
@@ -249,7 +250,7 @@ def _log_ticks(values: np.ndarray) -> dict:
     ticks = _ratio_ticks(float(np.exp(np.abs(np.log(v)).max(initial=math.log(2)))) * 1.5)
     return dict(type="log", tickvals=ticks, ticktext=[f"{t:,.4g}" for t in ticks])
 
-# %% ../nbs/31_figures.ipynb #d08acb8c
+# %% ../nbs/31_figures.ipynb #eae073e1
 class Html(str):
     "A string that a notebook displays as HTML."
     def _repr_html_(self) -> str: return self
@@ -276,7 +277,7 @@ def token_heat(tokens: Sequence[str], # as decoded, spaces included
                 f'<div dir="ltr" style="margin-bottom:.3em"><b>{html.escape(title)}</b> {scale}</div>'
                 f'<div dir="auto" style="line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere">{spans}</div></div>')
 
-# %% ../nbs/31_figures.ipynb #29283330
+# %% ../nbs/31_figures.ipynb #eb2799bf
 _FIT = """
 (function() {
   const gd = document.getElementById('{plot_id}');
@@ -302,7 +303,7 @@ def figure_html(figs: Mapping[str, go.Figure] | Sequence[go.Figure],
                         config=config, post_script=_FIT, div_id=f"{prefix}-{i + 1}")
             for i, fig in enumerate(figs)]
 
-# %% ../nbs/31_figures.ipynb #5f3d9de8
+# %% ../nbs/31_figures.ipynb #0ae899f0
 log = logging.getLogger(__name__)
 
 def _render(figs: Mapping[Path, go.Figure], width: int, folder: str) -> None:

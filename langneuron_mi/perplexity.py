@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['window_nll', 'PerplexityMatrix', 'check_held_out', 'perplexity_matrix']
 
-# %% ../nbs/20_perplexity.ipynb #6b54a755
+# %% ../nbs/20_perplexity.ipynb #4c62499d
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from .neurons import LanguageNeurons
 from .statistics import bootstrap_ratio
 from .windows import TokenWindows, pack, shares_text
 
-# %% ../nbs/20_perplexity.ipynb #bc96be0c
+# %% ../nbs/20_perplexity.ipynb #50dd514f
 @torch.inference_mode()
 def window_nll(model, # a hooked model
                ids: Int[Tensor, "window pos"], # token ids, no pads
@@ -42,8 +42,8 @@ def _nll(logits: Float[Tensor, "pos vocab"], target: Int[Tensor, "pos"]) -> Floa
     logits = logits.float()
     return (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]).sum(dtype=torch.float64)
 
-# %% ../nbs/20_perplexity.ipynb #93d75f46
-@dataclass(frozen=True, eq=False)
+# %% ../nbs/20_perplexity.ipynb #10646972
+@dataclass(frozen=True, eq=False, repr=False)
 class PerplexityMatrix:
     "NLL per window for every intervention and language of text; without intervention is the row \"none\"."
     nll: dict[tuple[str, str, str], np.ndarray] # (method, neurons_of, text_lang) -> nats per window
@@ -51,6 +51,7 @@ class PerplexityMatrix:
     n_bytes: dict[str, int] # text_lang -> UTF-8 bytes of the predicted text
     provenance: dict = field(default_factory=dict)
 
+    def __repr__(self) -> str: return f"PerplexityMatrix({len(self.rows)} rows including none; text in {', '.join(self.langs)})"
     @property
     def langs(self) -> list[str]: return list(self.n_tokens)
     @property
@@ -62,7 +63,7 @@ class PerplexityMatrix:
         "Comparable across tokenizers and languages."
         return float(self.nll[method, neurons_of, lang].sum()/math.log(2)/self.n_bytes[lang])
 
-# %% ../nbs/20_perplexity.ipynb #c1f0fc71
+# %% ../nbs/20_perplexity.ipynb #eebe151e
 @patch
 def to_df(self: PerplexityMatrix, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     "One row per cell: method, neurons_of, text_lang, ratio, low, high, n_tokens, perplexity, bits_per_byte, n_windows."
@@ -81,7 +82,7 @@ def plot(self: PerplexityMatrix):
     df = self.to_df()
     return ratio_matrices(df[df.method != "none"])
 
-# %% ../nbs/20_perplexity.ipynb #523cab23
+# %% ../nbs/20_perplexity.ipynb #5e8301c8
 def check_held_out(windows: TokenWindows, # text to measure on
                    seen: Mapping[str, np.ndarray], # sketches of the texts used for identification, by language
                   ) -> None:
@@ -91,7 +92,7 @@ def check_held_out(windows: TokenWindows, # text to measure on
             raise ValueError(f"{lang}: at least {n} of the texts to measure on were used to find these neurons; "
                              "use the second part of corpus.split(0.1), or another corpus")
 
-# %% ../nbs/20_perplexity.ipynb #3b588992
+# %% ../nbs/20_perplexity.ipynb #f0c893c2
 def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
     "Interventions of any accepted form as {(method, neurons_of): intervention}."
     if interventions is None: return {}
@@ -106,7 +107,7 @@ def _seen(interventions) -> dict[str, np.ndarray]:
     parts = interventions if isinstance(interventions, (list, tuple)) else [interventions]
     return {l: s for p in parts for l, s in (getattr(p, "seen", None) or {}).items()}
 
-# %% ../nbs/20_perplexity.ipynb #7534dc4f
+# %% ../nbs/20_perplexity.ipynb #cb2b7c07
 def _predicted_bytes(w: TokenWindows, v: ModelView, lang: str) -> int:
     "UTF-8 bytes of the tokens that are predicted."
     ids = [row for b in w.batches(lang, 0, w.n_windows(lang)) for row in b[:, 1:].tolist()]
@@ -123,7 +124,7 @@ def _measure(v: ModelView, w: TokenWindows, lang: str, batch_size: int, tick) ->
     if np.isnan(nll).any(): raise ValueError(f"the NLL of {lang} text is NaN under this intervention; look at the values it sets")
     return nll
 
-# %% ../nbs/20_perplexity.ipynb #44b4fe0f
+# %% ../nbs/20_perplexity.ipynb #43234833
 def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: list[str], batch_size: int, tick, folder: Path | None) -> dict[str, np.ndarray]:
     "NLL per window of each column's text under one intervention; from `folder` when it is there."
     key = fingerprint(v.fingerprint, str(v.dtype), w.fingerprint, intervention.fingerprint, columns, batch_size)
@@ -136,7 +137,7 @@ def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: lis
     if path is not None: save_artifact(path, "perplexity_row", {l: torch.from_numpy(x) for l, x in row.items()}, dict(intervention=intervention.name))
     return row
 
-# %% ../nbs/20_perplexity.ipynb #da758b5e
+# %% ../nbs/20_perplexity.ipynb #e997204a
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
                       interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
@@ -167,7 +168,7 @@ def perplexity_matrix(model, # a hooked model
     facts = v.describe() | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=seed)
     return PerplexityMatrix(nll, {l: np.array(sizes[l]) for l in w.langs}, {l: _predicted_bytes(w, v, l) for l in w.langs}, facts)
 
-# %% ../nbs/20_perplexity.ipynb #f0c98ab6
+# %% ../nbs/20_perplexity.ipynb #f920ea50
 @patch
 def save(self: PerplexityMatrix, path) -> Path:
     "Write all windows' sums (atomically), so that every table can be made again."

@@ -6,7 +6,7 @@
 __all__ = ['log', 'SITES', 'groups', 'RecordingError', 'check_site', 'ActivationStats', 'SiteValue', 'Group', 'Shard', 'shards',
            'Recorder', 'record', 'TokenActivations', 'cache_activations']
 
-# %% ../nbs/10_recording.ipynb #0c4748ce
+# %% ../nbs/10_recording.ipynb #61045dc6
 import logging
 import shutil
 import time
@@ -27,13 +27,13 @@ from .languages import language
 from .models import ModelView, view
 from .windows import TokenWindows, pack
 
-# %% ../nbs/10_recording.ipynb #eca52247
+# %% ../nbs/10_recording.ipynb #f1009766
 log = logging.getLogger(__name__)
 
 class RecordingError(ValueError):
     "A recording that would be wrong, or cannot go on; what is already computed is kept."
 
-# %% ../nbs/10_recording.ipynb #c8efe708
+# %% ../nbs/10_recording.ipynb #bccfeba7
 SITES = ("gate", "post")
 
 def check_site(site: str # "gate" or "post"
@@ -42,7 +42,7 @@ def check_site(site: str # "gate" or "post"
     if site not in SITES: raise ValueError(f"no site {site!r}; allowed are {' and '.join(map(repr, SITES))}")
     return site
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ActivationStats:
     "Activation counts (and more, when recorded) of every neuron in every language."
     langs: tuple[str, ...] # in the order of the first axis
@@ -66,10 +66,12 @@ class ActivationStats:
     def shape(self) -> tuple[int, int]: return self.n_layers, self.d_mlp
     @property
     def model(self) -> str | None: return self.meta.get("model")
+    def __repr__(self) -> str:
+        return f"ActivationStats({', '.join(f'{l} {n:,}' for l, n in self.n_tokens.items())} tokens; {self.n_layers} layers × {self.d_mlp:,}, site={self.site!r})"
     @property
     def provenance(self) -> dict: return self.meta
 
-# %% ../nbs/10_recording.ipynb #034da288
+# %% ../nbs/10_recording.ipynb #62a1833e
 @patch(cls_method=True)
 def from_counts(cls: ActivationStats,
                 count_pos: Int[Tensor, "lang layer neuron"], # tokens with activation > 0
@@ -86,7 +88,7 @@ def from_counts(cls: ActivationStats,
             raise ValueError(f"{lang}: counts must lie between 0 and the {n[lang]} tokens counted, but reach from {counts[k].min()} to {counts[k].max()}")
     return cls(tuple(langs), {l: int(n[l]) for l in langs}, counts, site, meta=meta)
 
-# %% ../nbs/10_recording.ipynb #1c654c8b
+# %% ../nbs/10_recording.ipynb #6b6072bc
 _value_kinds = {"mean": lambda s, k, n: s.moments["sum"][k]/n,
                 "std": lambda s, k, n: (s.moments["sumsq"][k]/n - (s.moments["sum"][k]/n)**2).clamp_min(0).sqrt(),
                 "max": lambda s, k, n: s.moments["max"][k],
@@ -113,7 +115,7 @@ def value(self: ActivationStats,
     k = self.langs.index(lang)
     return SiteValue(_value_kinds[kind](self, k, max(self.n_tokens[lang], 1)), self.site, self.model, f"{kind} of {lang}")
 
-# %% ../nbs/10_recording.ipynb #cfc720ee
+# %% ../nbs/10_recording.ipynb #0b6d6be7
 _merge = dict(count_pos=torch.add, sum=torch.add, sumsq=torch.add, max=torch.maximum)
 
 @patch
@@ -146,7 +148,7 @@ def _merged_meta(a: dict, b: dict) -> dict:
     same = {k: v for k, v in a.items() if b.get(k) == v}
     return same | dict(merged_from=[m.get("key") for m in (a, b)])
 
-# %% ../nbs/10_recording.ipynb #b25b02ce
+# %% ../nbs/10_recording.ipynb #07fef7f6
 @dataclass(frozen=True)
 class Group:
     "One kind of statistic: the tensors it keeps per layer, and how activations change them."
@@ -170,7 +172,7 @@ def _moments(t, x, a):
 
 groups = {"counts": Group(_count_init, _count), "moments": Group(_moments_init, _moments)}
 
-# %% ../nbs/10_recording.ipynb #211c6446
+# %% ../nbs/10_recording.ipynb #05a10921
 @dataclass(frozen=True)
 class Shard:
     "A numbered run of windows of one language."
@@ -186,7 +188,7 @@ def shards(windows: TokenWindows, # packed text
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
-# %% ../nbs/10_recording.ipynb #55b1acac
+# %% ../nbs/10_recording.ipynb #654005f7
 class Recorder:
     "Runs shards through a model and reduces their activations inside the hooks."
     def __init__(self, model, # a hooked model
@@ -204,7 +206,7 @@ class Recorder:
         state = {k: t for g in self.groups for k, t in g.init(self.view.d_mlp, device).items()}
         return state | {"_sum": torch.zeros((), device=device)}
 
-# %% ../nbs/10_recording.ipynb #d66da063
+# %% ../nbs/10_recording.ipynb #d24d81a7
 @patch
 def _hook(self: Recorder, layer: int, state: dict[str, Tensor], skip: int, fired: list[int]) -> Callable:
     "The reducing hook of one layer."
@@ -251,7 +253,7 @@ def _verify(self: Recorder, states: list, fired: list[int], n: int, shard: Shard
             raise RecordingError(f"activations of layer {l} ({name}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
                                  "load the model in float32 or bfloat16, or look at its weights. Earlier shards are kept")
 
-# %% ../nbs/10_recording.ipynb #2fa2e2fa
+# %% ../nbs/10_recording.ipynb #a9820291
 @dataclass(frozen=True)
 class _Run:
     "The folder of a recording and the configuration it belongs to."
@@ -282,7 +284,7 @@ def checkpoint(self: _Run, lang: str, total: dict[str, Tensor], done: int, n: in
     if self.folder is not None:
         save_artifact(self.path(lang), "recording_part", total, dict(config=self.config, done=done, n_tokens=n))
 
-# %% ../nbs/10_recording.ipynb #9126cdbb
+# %% ../nbs/10_recording.ipynb #f1e6d653
 @patch
 def save(self: ActivationStats, path # file, ends in .safetensors
         ) -> Path:
@@ -301,7 +303,7 @@ def load(cls: ActivationStats, path # what `save` wrote
     counts = t.pop("count_pos")
     return cls(tuple(m["langs"]), {l: m["n_tokens"][l] for l in m["langs"]}, counts, m["site"], t or None, seen, m["meta"])
 
-# %% ../nbs/10_recording.ipynb #d016d0f0
+# %% ../nbs/10_recording.ipynb #e51bd972
 def _merge_state(total: dict[str, Tensor] | None, part: dict[str, Tensor]) -> dict[str, Tensor]:
     "Add a shard to the sums so far; in shard order, so that float sums have one value."
     return part if total is None else {k: _merge[k](total[k], part[k]) for k in part}
@@ -322,7 +324,7 @@ def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Ru
     if n != windows.n_tokens(lang): raise RecordingError(f"{lang}: {n} tokens counted, but {windows.n_tokens(lang)} given")
     return total, n
 
-# %% ../nbs/10_recording.ipynb #94bcd3d7
+# %% ../nbs/10_recording.ipynb #8757ff84
 def record(model, # a hooked model, from load_model
            corpus: Corpus | dict, # texts by language
            *, tokens: int | None = None, # per language; None = all there is
@@ -351,7 +353,7 @@ def record(model, # a hooked model, from load_model
         return stats
     return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every)
 
-# %% ../nbs/10_recording.ipynb #6df1d739
+# %% ../nbs/10_recording.ipynb #c9c3913e
 def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float) -> ActivationStats:
     "Every language in turn, then the finished artifact."
     from tqdm.auto import tqdm
@@ -376,7 +378,7 @@ def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], ru
         for lang in windows.langs: run.path(lang).unlink(missing_ok=True)
     return stats
 
-# %% ../nbs/10_recording.ipynb #4d1ef0a6
+# %% ../nbs/10_recording.ipynb #2728387d
 @patch
 def to_df(self: ActivationStats) -> pd.DataFrame: # model, site, lang, layer, neuron, metric, value
     "Every rate (and mean, when recorded) as a tidy table; one row per language, layer and neuron."
@@ -394,8 +396,8 @@ def _repr_markdown_(self: ActivationStats) -> str:
     return (f"**ActivationStats** of {self.meta.get('model_id', 'unknown model')}: {self.n_layers} layers × {self.d_mlp:,} neurons, site `{self.site}`\n\n"
             f"| language | tokens | neurons that ever fire | mean firing rate |\n|---|---|---|---|\n{rows}")
 
-# %% ../nbs/10_recording.ipynb #13bf93ad
-@dataclass(frozen=True, eq=False)
+# %% ../nbs/10_recording.ipynb #748b4a5a
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenActivations:
     "Activations of chosen neurons at every token of a few prompts."
     prompts: tuple[str, ...]
@@ -404,12 +406,13 @@ class TokenActivations:
     values: tuple[Float[Tensor, "pos neuron"], ...] # of each prompt; activation units
     site: str = "gate"
 
+    def __repr__(self) -> str: return f"TokenActivations({len(self.prompts)} prompts, {sum(map(len, self.tokens))} tokens, {len(self.neurons)} neurons, site={self.site!r})"
     def of(self, layer: int, neuron: int, prompt: int = 0) -> Float[Tensor, "pos"]:
         "One neuron over the tokens of a prompt."
         if (layer, neuron) not in self.neurons: raise KeyError(f"neuron {neuron} of layer {layer} was not kept; name it in cache_activations(neurons=...)")
         return self.values[prompt][:, self.neurons.index((layer, neuron))]
 
-# %% ../nbs/10_recording.ipynb #2ff369c3
+# %% ../nbs/10_recording.ipynb #da6e18eb
 @torch.inference_mode()
 def cache_activations(model, # a hooked model
                       prompts: str | list[str], # texts to look at
@@ -434,7 +437,7 @@ def _token_values(v: ModelView, prompt: str, chosen: list, site: str) -> tuple[l
     act = {l: v.act_fn(l)(x[0]) if kind == "pre" else x[0] for l, x in got.items()}
     return [v.tokenizer.decode([t]) for t in ids[0]], torch.stack([act[l][:, i] for l, i in chosen], -1).float().cpu()
 
-# %% ../nbs/10_recording.ipynb #190e2aa3
+# %% ../nbs/10_recording.ipynb #f713f920
 @patch
 def to_df(self: TokenActivations) -> pd.DataFrame: # prompt, pos, token, layer, neuron, value
     "Tidy table: one row per token and neuron."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../nbs/33_report.ipynb #7a4b3882
+# %% ../nbs/33_report.ipynb #a5ee37af
 import json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .comparison import ExperimentResult
 from .figures import figure_html, save_figures
 from .languages import language
 
-# %% ../nbs/33_report.ipynb #9105b63d
+# %% ../nbs/33_report.ipynb #7a7b508b
 def _names(langs) -> str:
     "English names of languages, joined."
     names = [language(l).name for l in langs]
@@ -35,7 +35,7 @@ def sentences(self: ExperimentResult) -> list[str]: # three
             f"Switching off a language's neurons multiplied the perplexity of its own held-out text by {s['own_median']:.2f} (median over languages; above 1.5 in "
             f"{s['own_above_1_5']} of {s['n_langs']}), that of other languages by {s['off_median']:.2f}, while random neurons, as many in each layer, gave {s['random_median']:.2f}."]
 
-# %% ../nbs/33_report.ipynb #62cb0253
+# %% ../nbs/33_report.ipynb #1f3127da
 _captions = {
     "neurons_per_layer": "Language neurons by layer. Each cell counts the neurons that LAPE assigns to a language in a layer.",
     "overlap": "Overlap of the sets. Jaccard index: shared neurons divided by neurons in either set.",
@@ -65,7 +65,7 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} pre{
 <h2>Provenance</h2><details open><summary>Everything this report depends on</summary><pre>{{ provenance }}</pre></details>
 </main></body></html>"""
 
-# %% ../nbs/33_report.ipynb #41ed1efb
+# %% ../nbs/33_report.ipynb #17203912
 @patch
 def _trust(self: ExperimentResult) -> list[str]:
     "What limits the reading of these numbers."
@@ -90,12 +90,12 @@ def _continuations(self: ExperimentResult) -> list[dict]:
     "Rows of the table of generated texts."
     how = {"none": "none", "amplify_mean": "set to own mean", "amplify_factor": f"times {self.experiment.factor:g}"}
     name = lambda c: language(c).name if c not in ("none", "") else "–"
-    def known(c):
+    def known(c): # the identifier knows more languages than our table
         try: return name(c)
-        except KeyError: return c
+        except KeyError: return {"arz": "Egyptian Arabic", "zxx": "no language"}.get(c, c)
     return [dict(of=name(r.neurons_of), how=how[r.intervention], prompt=r.prompt, text=r.text, identified=known(r.identified)) for r in self.generations.itertuples()]
 
-# %% ../nbs/33_report.ipynb #f5b10d99
+# %% ../nbs/33_report.ipynb #a353be3c
 @patch
 def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside random controls") -> str:
     "The report as one self-contained page."

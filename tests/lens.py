@@ -6,8 +6,9 @@ from langneuron_mi.testing import tiny_model
 
 
 def has_hooked_transformer() -> bool:
-    import transformer_lens
-    return hasattr(transformer_lens, "HookedTransformer")
+    try: from transformer_lens import HookedTransformer  # noqa: F401  (4.x raises ImportError here, which `hasattr` lets through)
+    except ImportError: return False
+    return True
 
 
 def hooked_transformer(hf, tok):

@@ -213,7 +213,9 @@ def test_corpora_reader_of_iterables_and_private_languages():
 def test_corpora_split_never_shares_a_text(texts, share, seed, aligned):
     c = load_corpus({"de": [t + "x" for t in texts], "en": [t + "y" for t in reversed(texts)]}, aligned=aligned)
     try: train, held = c.split(share, seed)
-    except CorpusError as e: return str(e).index("texts; give more text")
+    except CorpusError as e:  # a side without text
+        assert "texts; give more text" in str(e)
+        return
     for l in c.langs:
         assert not set(train.texts(l)) & set(held.texts(l))
         assert set(train.texts(l)) | set(held.texts(l)) <= set(c.texts(l))
@@ -260,8 +262,8 @@ def test_corpora_import_without_torch():
 # --- purity
 
 def test_corpora_purity_of_clean_and_mixed_text(bible):
-    report = bible.purity(100).set_index("lang")
-    assert (report.share_elsewhere <= .05).all() and (report.n == 100).all()
+    report = bible.purity(800).set_index("lang")  # over the whole corpus .019 of the Arabic verses pass for Egyptian Arabic: the highest share
+    assert (report.share_elsewhere <= .05).all() and (report.n == 800).all()
     half = list(bible.texts("tr")[:60]) + list(bible.texts("en")[:60]) + ["kurz"]*7
     row = load_corpus({"tr": half}).purity().iloc[0]
     assert .45 < row.share_elsewhere < .55 and row.most_confused_with == "en" and row.n_short >= 7 and row.n <= 120

@@ -242,6 +242,7 @@ record(load_model(hf, tokenizer=tok), texts, length=32, shard_size=4, batch_size
 """
 
 
+@pytest.mark.slow
 def test_recording_killed_five_times_gives_the_same_bytes(tmp_path):
     "SIGKILL at five random moments, then to the end: the same bytes as an undisturbed run."
     env = os.environ | dict(HF_HUB_OFFLINE="1")
