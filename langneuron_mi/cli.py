@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['commands', 'demo', 'compare', 'record', 'identify', 'perplexity', 'report', 'info', 'main']
 
-# %% ../nbs/50_cli.ipynb #524e0e21
+# %% ../nbs/50_cli.ipynb #bef3a0a4
 import os
 import sys
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-# %% ../nbs/50_cli.ipynb #88aad33f
+# %% ../nbs/50_cli.ipynb #601d4aa4
 def _langs(text: str) -> list[str]:
     "Codes from a list with commas; each checked before anything heavy starts."
     from langneuron_mi.languages import language
@@ -32,7 +32,7 @@ def demo(
 
 def compare(
     experiment: str, # TOML file with fields of Experiment
-    out: str = None, # folder of results, instead of the file's
+    out: str = "", # folder of results, instead of the file's
 ):
     "Run an experiment that is written down in a TOML file, and report"
     from langneuron_mi.comparison import read_experiment
@@ -40,23 +40,22 @@ def compare(
 
 def _run_experiment(experiment) -> str:
     "Run, report, and say in three sentences what came out."
-    from langneuron_mi.report import write_report
+    import langneuron_mi.report  # gives results their sentences
     result = experiment.run()
-    path = write_report(result)
-    return "\n".join([*result.sentences(), f"report: {path}"])
+    return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
-# %% ../nbs/50_cli.ipynb #49530b49
+# %% ../nbs/50_cli.ipynb #3408d952
 def record(
     model: str, # bundled name, folder or hub id
     corpus: str, # bible, a folder of {lang}.txt / .jsonl / .parquet, or hub:ID
     langs: str, # languages, with commas
     out: str, # folder; an interrupted run goes on from it
-    tokens: int = None, # per language; all when not given
+    tokens: int = 0, # per language; 0 = all there is
     site: str = "gate", # gate or post
     length: int = 256, # positions per window
     held_out: float = 0.1, # share of the texts kept for measuring
     seed: int = 0, # order and split of the texts
-    revision: str = None, # of a hub id
+    revision: str = "", # of a hub id
 ):
     "Record how often every neuron fires in every language"
     langs = _langs(langs)
@@ -65,10 +64,10 @@ def record(
     from langneuron_mi.recording import check_site, record
     check_site(site)
     train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
-    stats = record(load_model(model, revision=revision), train, tokens=tokens, site=site, length=length, seed=seed, out=out)
+    stats = record(load_model(model, revision=revision or None), train, tokens=tokens or None, site=site, length=length, seed=seed, out=out)
     return f"{sum(stats.n_tokens.values()):,} tokens of {len(stats.langs)} languages counted: {Path(out)/'stats.safetensors'}"
 
-# %% ../nbs/50_cli.ipynb #a888c936
+# %% ../nbs/50_cli.ipynb #5ea64fb4
 def _stats(path: str):
     "Recorded statistics from a file, or from the folder of a recording."
     from langneuron_mi.recording import ActivationStats
@@ -93,11 +92,12 @@ def perplexity(
     neurons: str, # file from identify
     corpus: str, # as in record; its held-out part is measured
     out: str, # CSV file
-    langs: str = None, # languages of the text; those of the neurons when not given
+    langs: str = "", # languages of the text; those of the neurons when not given
     tokens: int = 500, # per language
     held_out: float = 0.1, # as in record
     seed: int = 0, # as in record
     random: int = 1, # 1: measure random sets of equal size per layer too
+    revision: str = "", # of a hub id
 ):
     "Ablate each language's neurons and measure the perplexity of every language's held-out text"
     from langneuron_mi.neurons import LanguageNeurons
@@ -108,11 +108,12 @@ def perplexity(
     from langneuron_mi.models import load_model
     from langneuron_mi.perplexity import perplexity_matrix
     _, text = load_corpus(corpus, langs).split(held_out, seed=seed)
-    df = perplexity_matrix(load_model(model), text, [found] + ([found.random_like(seed)] if random else []), tokens=tokens, seed=seed).to_df()
+    df = perplexity_matrix(load_model(model, revision=revision or None), text, [found] + ([found.random_like(seed)] if random else []), tokens=tokens, seed=seed,
+                           out=Path(out).with_suffix(".rows")).to_df()  # finished rows are kept there
     with atomic_write(out) as tmp: df[df.method != "none"].to_csv(tmp, index=False)
     return f"{len(df)} cells: {out}"
 
-# %% ../nbs/50_cli.ipynb #6989bb64
+# %% ../nbs/50_cli.ipynb #2cb86d2a
 def report(
     folder: str, # of an experiment that has run
 ):
@@ -120,26 +121,28 @@ def report(
     from langneuron_mi.artifacts import load_json
     from langneuron_mi.comparison import Experiment
     facts = load_json(Path(folder)/"provenance.json")
+    if made := [k for k, x in facts["experiment"].items() if str(x).startswith("<")]:
+        raise ValueError(f"{folder} was made in Python from objects ({', '.join(made)}); call experiment.run() there again")
     return _run_experiment(Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["experiment"].items()} | {"out": folder}))
 
 def info(
-    artifact: str = None, # a file this package wrote; versions when not given
+    artifact: str, # a file this package wrote, or "versions"
 ):
     "What an artifact holds and where it comes from, or the versions at work"
     import json
     from langneuron_mi.artifacts import provenance, read_header
-    return json.dumps(read_header(artifact) if artifact else provenance(), indent=1, ensure_ascii=False)
+    return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
 commands = {f.__name__: f for f in (demo, record, identify, perplexity, compare, report, info)}
 
-# %% ../nbs/50_cli.ipynb #34804251
+# %% ../nbs/50_cli.ipynb #079a90a0
 def _usage() -> str:
     "The list of commands."
     width = max(map(len, commands))
     rows = "\n".join(f"  {name:<{width}}  {f.__doc__}" for name, f in commands.items())
     return f"usage: langneuron COMMAND [options]\n\nFind, ablate and amplify language-specific neurons.\n\n{rows}\n\nlangneuron COMMAND --help tells a command's options."
 
-def _fail(where: str, message: str, code: int = 2) -> int:
+def _fail(where: str, message: object, code: int = 2) -> int:
     "One line on stderr."
     print(f"{where}: " + " ".join(str(message).split()), file=sys.stderr)
     return code
@@ -152,7 +155,7 @@ def _parse(name: str, argv: list[str]) -> dict:
     args = vars(parser.parse_args(argv))
     return {k: v for k, v in args.items() if k not in ("pdb", "xtra")}
 
-# %% ../nbs/50_cli.ipynb #c54e8a29
+# %% ../nbs/50_cli.ipynb #b4b0d132
 def main(argv: list[str] | None = None # default: the process's own
         ) -> int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Entry point of `langneuron`."
@@ -166,7 +169,7 @@ def main(argv: list[str] | None = None # default: the process's own
     args = _parse(argv[0], argv[1:])
     try: print(commands[argv[0]](**args))
     except KeyboardInterrupt as e: return _fail(f"langneuron {argv[0]}", str(e) or "interrupted", 130)
-    except (ValueError, LookupError, OSError, TypeError, ImportError) as e:
+    except (ValueError, LookupError, OSError, TypeError, ImportError, RuntimeError) as e:
         if os.environ.get("LANGNEURON_DEBUG"): raise
         return _fail(f"langneuron {argv[0]}", e)
     return 0

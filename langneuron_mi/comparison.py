@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'Experiment', 'read_experiment', 'ExperimentResult']
 
-# %% ../nbs/32_comparison.ipynb #99e14f86
+# %% ../nbs/32_comparison.ipynb #4f30e3d8
 import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +24,7 @@ from .neurons import LanguageNeurons
 from .perplexity import PerplexityMatrix, perplexity_matrix
 from .recording import ActivationStats, record
 
-# %% ../nbs/32_comparison.ipynb #6e7d0eb8
+# %% ../nbs/32_comparison.ipynb #3b0da884
 @dataclass(frozen=True)
 class Experiment:
     "Ablation, amplification and random controls, side by side, on one model."
@@ -51,7 +51,7 @@ class Experiment:
         for name in ("tokens", "held_out_tokens", "new_tokens", "length", "measure_length"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/32_comparison.ipynb #e4800ac6
+# %% ../nbs/32_comparison.ipynb #75a088c3
 def read_experiment(path, # a TOML file with fields of `Experiment`
                     **overrides, # fields that take precedence
                    ) -> Experiment:
@@ -64,7 +64,7 @@ def read_experiment(path, # a TOML file with fields of `Experiment`
         raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are {', '.join(sorted(known))}")
     return Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | overrides)
 
-# %% ../nbs/32_comparison.ipynb #58d82dd9
+# %% ../nbs/32_comparison.ipynb #7baa4087
 @dataclass(frozen=True, eq=False, repr=False)
 class ExperimentResult:
     "What an experiment found."
@@ -79,7 +79,7 @@ class ExperimentResult:
 
     def __repr__(self) -> str: return f"ExperimentResult({self.facts['model_id']}; {self.neurons!r}; {self.perplexity!r})"
 
-# %% ../nbs/32_comparison.ipynb #0b254c5b
+# %% ../nbs/32_comparison.ipynb #cff047c5
 PANELS = {"lape": "the language's own neurons off", "random": "random neurons off, as many per layer"}
 
 @patch
@@ -92,14 +92,16 @@ def _interventions(self: Experiment, stats: ActivationStats, neurons: LanguageNe
     return rows | {("amplify_factor", l): amplify(s, by=self.factor) for l, s in own.items()}
 
 @patch
-def run(self: Experiment, progress: bool = True, # bars on stderr
+def run(self: Experiment,
+        progress: bool = True, # bars on stderr
+        report: bool = True, # write report.html, tables, figures and provenance.json into `out`
        ) -> ExperimentResult:
     "Everything, from text to result; what is already computed is reused."
     out = Path(self.out)
     corpus = self.corpus if isinstance(self.corpus, Corpus) else load_corpus(self.corpus, list(self.langs))
     train, held_out = corpus.split(self.held_out, seed=self.seed)
     model = load_model(self.model)
-    stats = record(model, train, tokens=self.tokens, langs=list(self.langs), length=self.length, seed=self.seed, out=_folder(out, "recording", self, model), progress=progress)
+    stats = record(model, train, tokens=self.tokens, langs=list(self.langs), length=self.length, seed=self.seed, out=_folder(out, "recording", self, model, train), progress=progress)
     neurons = lape(stats, top=self.top)
     controls = random_neurons(stats, like=neurons, seed=self.seed)
     rows = self._interventions(stats, neurons, controls)
@@ -107,19 +109,25 @@ def run(self: Experiment, progress: bool = True, # bars on stderr
     matrix = perplexity_matrix(model, held_out, rows, tokens=self.held_out_tokens, langs=list(self.langs), text_langs=narrow, length=self.measure_length,
                                seed=self.seed, seen=stats.seen, out=out/"rows", progress=progress)
     texts = self._generate(model, {k: i for k, i in rows.items() if k[0].startswith("amplify")}, out/"generations.json", progress)
-    facts = provenance(**view(model).describe(), experiment=self._config(), held_out=held_out.fingerprint, corpus=corpus.provenance, n_tokens=stats.n_tokens)
-    return ExperimentResult(self, stats, neurons, controls, matrix, texts, corpus.purity(), facts)
+    facts = provenance(**view(model).describe(), experiment=self._config(), site=stats.site, corpus=corpus.provenance, corpus_fingerprint=corpus.fingerprint,
+                       found_on=train.fingerprint, measured_on=held_out.fingerprint, n_tokens=stats.n_tokens, lape=dict(neurons.parameters))
+    result = ExperimentResult(self, stats, neurons, controls, matrix, texts, corpus.purity(), facts)
+    if report:
+        from langneuron_mi.report import write_report
+        write_report(result)
+    return result
 
-# %% ../nbs/32_comparison.ipynb #aa59a7e7
-def _folder(out: Path, stage: str, experiment: Experiment, model) -> Path:
+# %% ../nbs/32_comparison.ipynb #2689dc89
+def _folder(out: Path, stage: str, experiment: Experiment, model, text: Corpus) -> Path:
     "The folder of a stage, named by what it depends on."
     e = experiment
-    return out/f"{stage}-{fingerprint(view(model).fingerprint, str(e.corpus), list(e.langs), e.tokens, e.held_out, e.length, e.seed)[:8]}"
+    return out/f"{stage}-{fingerprint(view(model).describe(), text.fingerprint, list(e.langs), e.tokens, e.length, e.seed)[:8]}"
 
 @patch
 def _config(self: Experiment) -> dict:
     "The parameters as plain JSON; objects by their name."
-    plain = lambda x: x if isinstance(x, (str, int, float, list, type(None))) else list(x) if isinstance(x, tuple) else str(getattr(x, "fingerprint", type(x).__name__))
+    plain = lambda x: (x if isinstance(x, (str, int, float, list, type(None))) else list(x) if isinstance(x, tuple) else str(x) if isinstance(x, Path)
+                       else f"<{type(x).__name__} {getattr(x, 'fingerprint', '')}>")
     return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 def _identify(text: str) -> str:
@@ -134,7 +142,7 @@ def _generate(self: Experiment, model, rows: dict, path: Path, progress: bool) -
     "Continuations of the prompts, plain and under each amplification; kept by content."
     from tqdm.auto import tqdm
     v, todo = view(model), {("none", "none"): Intervention()} | rows
-    key = fingerprint(v.fingerprint, {"/".join(k): i.fingerprint for k, i in todo.items()}, list(self.prompts), self.new_tokens)
+    key = fingerprint(v.describe(), {"/".join(k): i.fingerprint for k, i in todo.items()}, list(self.prompts), self.new_tokens)
     if path.exists() and (old := load_json(path)).get("key") == key: return pd.DataFrame(old["rows"])
     table = []
     for (method, of), i in tqdm(todo.items(), desc="generating", disable=not progress):
@@ -143,7 +151,7 @@ def _generate(self: Experiment, model, rows: dict, path: Path, progress: bool) -
     save_json(path, dict(key=key, rows=table))
     return pd.DataFrame(table)
 
-# %% ../nbs/32_comparison.ipynb #c612cdfe
+# %% ../nbs/32_comparison.ipynb #264de07b
 @patch
 def tables(self: ExperimentResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables; `perplexity` has one row per method, language of the neurons and language of the text."

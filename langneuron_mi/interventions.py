@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'Intervention', 'ablate', 'set_to', 'add', 'amplify', 'check_model']
 
-# %% ../nbs/13_interventions.ipynb #415ad607
+# %% ../nbs/13_interventions.ipynb #b100b708
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .models import ModelView, view
 from .neurons import NeuronSet
 from .recording import SiteValue
 
-# %% ../nbs/13_interventions.ipynb #e6e9999c
+# %% ../nbs/13_interventions.ipynb #87fdd905
 _ops = {  # (post, up, b, value) -> new post; all restricted to the chosen neurons
     "scale": lambda post, up, b, v: (post - b)*v + b,
     "set":   lambda post, up, b, v: v*up + b,
@@ -49,6 +49,9 @@ class Intervention:
     "Edits, applied in this order."
     edits: tuple[Edit, ...] = () # first to last
 
+    def __post_init__(self):
+        sites = sorted({e.neurons.site for e in self.edits})
+        if len(sites) > 1: raise ValueError(f"edits at the sites {' and '.join(sites)} cannot be combined; find all neurons at one site")
     def __add__(self, other: "Intervention") -> "Intervention": return Intervention(self.edits + other.edits)
     @property
     def name(self) -> str: return " + ".join(e.name for e in self.edits) or "none"
@@ -57,7 +60,7 @@ class Intervention:
         return fingerprint([[e.op, e.neurons.fingerprint, e.value] for e in self.edits])
     def __repr__(self) -> str: return f"Intervention({self.name})"
 
-# %% ../nbs/13_interventions.ipynb #330a452e
+# %% ../nbs/13_interventions.ipynb #5b763cce
 def _values(neurons: NeuronSet, v) -> Float[Tensor, "neuron"]: # per neuron of the set
     "A value of any form, as one number per neuron of the set."
     if isinstance(v, SiteValue):
@@ -76,7 +79,7 @@ def _values(neurons: NeuronSet, v) -> Float[Tensor, "neuron"]: # per neuron of t
 def _edit(op: str, neurons: NeuronSet, value, name: str) -> Intervention:
     return Intervention((Edit(op, neurons, _values(neurons, value), name),))
 
-# %% ../nbs/13_interventions.ipynb #67c94d40
+# %% ../nbs/13_interventions.ipynb #75c47c84
 def ablate(neurons: NeuronSet # whose activation becomes 0
           ) -> Intervention:
     "Switch neurons off: a = 0 (arXiv 2402.16438)."
@@ -104,7 +107,7 @@ def amplify(neurons: NeuronSet, # whose activation
     if by is not None: return _edit("scale", neurons, float(by), f"amplify {len(neurons)} by {by:g}")
     return set_to(neurons, to)
 
-# %% ../nbs/13_interventions.ipynb #95d38386
+# %% ../nbs/13_interventions.ipynb #7c56defa
 def check_model(neurons: NeuronSet, # neurons found in some model
                 v: ModelView, # the model at hand
                ) -> None:
@@ -135,7 +138,7 @@ class _LayerEdits:
         self.up = None
         return post
 
-# %% ../nbs/13_interventions.ipynb #83943463
+# %% ../nbs/13_interventions.ipynb #b5293a73
 @patch
 def _triples(self: Intervention, v: ModelView) -> list[tuple[int, str, Callable]]:
     "Hooks of this intervention: (layer, kind, function)."

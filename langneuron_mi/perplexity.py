@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['window_nll', 'PerplexityMatrix', 'check_held_out', 'perplexity_matrix']
 
-# %% ../nbs/20_perplexity.ipynb #4c62499d
+# %% ../nbs/20_perplexity.ipynb #c9d6ca7e
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .artifacts import fingerprint, load_artifact, save_artifact
+from .artifacts import fingerprint, load_artifact, provenance, save_artifact
 from .corpora import Corpus, load_corpus
 from .interventions import Intervention, ablate
 from .models import ModelView, view
@@ -26,7 +26,7 @@ from .neurons import LanguageNeurons
 from .statistics import bootstrap_ratio
 from .windows import TokenWindows, pack, shares_text
 
-# %% ../nbs/20_perplexity.ipynb #50dd514f
+# %% ../nbs/20_perplexity.ipynb #e91b5bbb
 @torch.inference_mode()
 def window_nll(model, # a hooked model
                ids: Int[Tensor, "window pos"], # token ids, no pads
@@ -42,7 +42,7 @@ def _nll(logits: Float[Tensor, "pos vocab"], target: Int[Tensor, "pos"]) -> Floa
     logits = logits.float()
     return (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]).sum(dtype=torch.float64)
 
-# %% ../nbs/20_perplexity.ipynb #10646972
+# %% ../nbs/20_perplexity.ipynb #b050fdc7
 @dataclass(frozen=True, eq=False, repr=False)
 class PerplexityMatrix:
     "NLL per window for every intervention and language of text; without intervention is the row \"none\"."
@@ -63,7 +63,7 @@ class PerplexityMatrix:
         "Comparable across tokenizers and languages."
         return float(self.nll[method, neurons_of, lang].sum()/math.log(2)/self.n_bytes[lang])
 
-# %% ../nbs/20_perplexity.ipynb #eebe151e
+# %% ../nbs/20_perplexity.ipynb #e682bfd8
 @patch
 def to_df(self: PerplexityMatrix, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     "One row per cell: method, neurons_of, text_lang, ratio, low, high, n_tokens, perplexity, bits_per_byte, n_windows."
@@ -82,7 +82,7 @@ def plot(self: PerplexityMatrix):
     df = self.to_df()
     return ratio_matrices(df[df.method != "none"])
 
-# %% ../nbs/20_perplexity.ipynb #5e8301c8
+# %% ../nbs/20_perplexity.ipynb #b35c7e40
 def check_held_out(windows: TokenWindows, # text to measure on
                    seen: Mapping[str, np.ndarray], # sketches of the texts used for identification, by language
                   ) -> None:
@@ -92,7 +92,7 @@ def check_held_out(windows: TokenWindows, # text to measure on
             raise ValueError(f"{lang}: at least {n} of the texts to measure on were used to find these neurons; "
                              "use the second part of corpus.split(0.1), or another corpus")
 
-# %% ../nbs/20_perplexity.ipynb #f0c893c2
+# %% ../nbs/20_perplexity.ipynb #5c5ac82d
 def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
     "Interventions of any accepted form as {(method, neurons_of): intervention}."
     if interventions is None: return {}
@@ -100,34 +100,50 @@ def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
     if isinstance(interventions, Intervention): return {("intervention", interventions.name): interventions}
     if isinstance(interventions, Mapping):
         return {k if isinstance(k, tuple) else ("intervention", str(k)): i for k, i in interventions.items()}
-    return {k: i for part in interventions for k, i in _as_rows(part).items()}
+    rows = {}
+    for k, i in [row for part in interventions for row in _as_rows(part).items()]:
+        if k in rows: raise ValueError(f"two interventions are named {k}; give a dict {{(method, language): intervention}} with different names")
+        rows[k] = i
+    return rows
 
 def _seen(interventions) -> dict[str, np.ndarray]:
     "Sketches of the identification texts that come with language neurons."
     parts = interventions if isinstance(interventions, (list, tuple)) else [interventions]
-    return {l: s for p in parts for l, s in (getattr(p, "seen", None) or {}).items()}
+    out = {}
+    for lang, sketch in [x for p in parts for x in (getattr(p, "seen", None) or {}).items()]:
+        out[lang] = np.union1d(out[lang], sketch) if lang in out else sketch
+    return out
 
-# %% ../nbs/20_perplexity.ipynb #cb2b7c07
+def _check_tokenizer(interventions, v: ModelView) -> None:
+    "Refuse neurons that were found with another tokenizer."
+    for part in interventions if isinstance(interventions, (list, tuple)) else [interventions]:
+        found = (getattr(part, "provenance", None) or {}).get("tokenizer")
+        if found and found != v.tokenizer_fingerprint:
+            raise ValueError(f"these neurons were found with tokenizer {found}, but {v.model_id} has {v.tokenizer_fingerprint}; load the model with the same tokenizer")
+
+# %% ../nbs/20_perplexity.ipynb #f666ede9
 def _predicted_bytes(w: TokenWindows, v: ModelView, lang: str) -> int:
-    "UTF-8 bytes of the tokens that are predicted."
-    ids = [row for b in w.batches(lang, 0, w.n_windows(lang)) for row in b[:, 1:].tolist()]
-    return sum(len(t.encode()) for t in v.tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    "UTF-8 bytes of the tokens that are predicted; decoded as one stream, because a window's edge may cut a character."
+    size = lambda ids: len(v.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode())
+    rows = [row for b in w.batches(lang, 0, w.n_windows(lang)) for row in b.tolist()]
+    if w.bos_token_id is not None: return size([t for row in rows for t in row[1:]])
+    return size([t for row in rows for t in row]) - sum(size(row[:1]) for row in rows)
 
 def _measure(v: ModelView, w: TokenWindows, lang: str, batch_size: int, tick) -> np.ndarray:
     "NLL of every window of a language."
     out = []
     for i in range(0, w.n_windows(lang), batch_size):
         for ids in w.batches(lang, i, min(i + batch_size, w.n_windows(lang))):
-            out.append(window_nll(v, ids))
-            tick(ids.numel())
+            if ids.shape[1] > 1: out.append(window_nll(v, ids))  # one token without a BOS predicts nothing
+            tick(ids.shape[0]*(ids.shape[1] - (w.bos_token_id is not None)))
     nll = torch.cat(out).numpy()
     if np.isnan(nll).any(): raise ValueError(f"the NLL of {lang} text is NaN under this intervention; look at the values it sets")
     return nll
 
-# %% ../nbs/20_perplexity.ipynb #43234833
+# %% ../nbs/20_perplexity.ipynb #36bd1658
 def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: list[str], batch_size: int, tick, folder: Path | None) -> dict[str, np.ndarray]:
     "NLL per window of each column's text under one intervention; from `folder` when it is there."
-    key = fingerprint(v.fingerprint, str(v.dtype), w.fingerprint, intervention.fingerprint, columns, batch_size)
+    key = fingerprint(v.describe(), w.fingerprint, intervention.fingerprint, columns, batch_size)
     path = None if folder is None else folder/f"row-{key}.safetensors"
     if path is not None and path.exists():
         for lang in columns: tick(w.n_tokens(lang))
@@ -137,7 +153,7 @@ def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: lis
     if path is not None: save_artifact(path, "perplexity_row", {l: torch.from_numpy(x) for l, x in row.items()}, dict(intervention=intervention.name))
     return row
 
-# %% ../nbs/20_perplexity.ipynb #e997204a
+# %% ../nbs/20_perplexity.ipynb #10204c6c
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
                       interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
@@ -154,21 +170,23 @@ def perplexity_matrix(model, # a hooked model
     "Perplexity of every language's text under every intervention."
     from tqdm.auto import tqdm
     v, rows = view(model).check(), _as_rows(interventions)
+    _check_tokenizer(interventions, v)
+    if ("none", "none") in rows: raise ValueError("('none', 'none') is the row of the untouched model; give the intervention another name")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     w = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id)
     check_held_out(w, seen if seen is not None else _seen(interventions))
     todo = [(("none", "none"), Intervention(), list(w.langs))] + [(k, i, list((text_langs or {}).get(k, w.langs))) for k, i in rows.items()]
-    sizes = {l: [r.numel()//len(r) - 1 for l_ in [l] for r in w.batches(l, 0, w.n_windows(l)) for _ in r] for l in w.langs}
+    sizes = {l: [b.shape[1] - 1 for b in w.batches(l, 0, w.n_windows(l)) if b.shape[1] > 1 for _ in b] for l in w.langs}
     nll = {}
     with tqdm(total=sum(w.n_tokens(l) for _, _, ls in todo for l in ls), unit="tok", unit_scale=True, desc="perplexity", disable=not progress) as bar:
         for (method, of), intervention, columns in todo:
             bar.set_postfix_str(f"{method} {of}")
             row = _row(v, w, intervention, columns, batch_size, bar.update, None if out is None else Path(out))
             nll |= {(method, of, lang): x for lang, x in row.items()}
-    facts = v.describe() | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=seed)
+    facts = provenance(**v.describe()) | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=seed)
     return PerplexityMatrix(nll, {l: np.array(sizes[l]) for l in w.langs}, {l: _predicted_bytes(w, v, l) for l in w.langs}, facts)
 
-# %% ../nbs/20_perplexity.ipynb #f920ea50
+# %% ../nbs/20_perplexity.ipynb #0cfb71b1
 @patch
 def save(self: PerplexityMatrix, path) -> Path:
     "Write all windows' sums (atomically), so that every table can be made again."

@@ -6,7 +6,7 @@
 __all__ = ['log', 'SITES', 'groups', 'RecordingError', 'check_site', 'ActivationStats', 'SiteValue', 'Group', 'Shard', 'shards',
            'Recorder', 'record', 'TokenActivations', 'cache_activations']
 
-# %% ../nbs/10_recording.ipynb #61045dc6
+# %% ../nbs/10_recording.ipynb #dc40e501
 import logging
 import shutil
 import time
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from .artifacts import ArtifactError, fingerprint, load_artifact, provenance, save_artifact, save_json
@@ -27,13 +27,13 @@ from .languages import language
 from .models import ModelView, view
 from .windows import TokenWindows, pack
 
-# %% ../nbs/10_recording.ipynb #f1009766
+# %% ../nbs/10_recording.ipynb #afa643db
 log = logging.getLogger(__name__)
 
 class RecordingError(ValueError):
     "A recording that would be wrong, or cannot go on; what is already computed is kept."
 
-# %% ../nbs/10_recording.ipynb #bccfeba7
+# %% ../nbs/10_recording.ipynb #7a8a0d12
 SITES = ("gate", "post")
 
 def check_site(site: str # "gate" or "post"
@@ -71,10 +71,10 @@ class ActivationStats:
     @property
     def provenance(self) -> dict: return self.meta
 
-# %% ../nbs/10_recording.ipynb #62a1833e
+# %% ../nbs/10_recording.ipynb #59eeadb2
 @patch(cls_method=True)
 def from_counts(cls: ActivationStats,
-                count_pos: Int[Tensor, "lang layer neuron"], # tokens with activation > 0
+                count_pos: Shaped[Tensor, "lang layer neuron"], # tokens with activation > 0; whole numbers
                 n_tokens: dict[str, int] | list[int], # tokens counted, by language
                 langs: list[str], # names for the first axis
                 site: str = "gate", # where they were taken
@@ -82,13 +82,15 @@ def from_counts(cls: ActivationStats,
                ) -> ActivationStats:
     "Statistics from given counts."
     n = dict(zip(langs, n_tokens, strict=True)) if not isinstance(n_tokens, dict) else {l: n_tokens[l] for l in langs}
-    counts = torch.as_tensor(count_pos).to(torch.int64)
+    given = torch.as_tensor(count_pos)
+    if given.is_floating_point() and bool((given != given.round()).any()): raise ValueError("these are rates, not counts: give whole numbers of tokens")
+    counts = given.to(torch.int64)
     for k, lang in enumerate(langs):
         if counts[k].max() > n[lang] or counts[k].min() < 0:
             raise ValueError(f"{lang}: counts must lie between 0 and the {n[lang]} tokens counted, but reach from {counts[k].min()} to {counts[k].max()}")
     return cls(tuple(langs), {l: int(n[l]) for l in langs}, counts, site, meta=meta)
 
-# %% ../nbs/10_recording.ipynb #6b6072bc
+# %% ../nbs/10_recording.ipynb #17453f32
 _value_kinds = {"mean": lambda s, k, n: s.moments["sum"][k]/n,
                 "std": lambda s, k, n: (s.moments["sumsq"][k]/n - (s.moments["sum"][k]/n)**2).clamp_min(0).sqrt(),
                 "max": lambda s, k, n: s.moments["max"][k],
@@ -115,9 +117,40 @@ def value(self: ActivationStats,
     k = self.langs.index(lang)
     return SiteValue(_value_kinds[kind](self, k, max(self.n_tokens[lang], 1)), self.site, self.model, f"{kind} of {lang}")
 
-# %% ../nbs/10_recording.ipynb #0b6d6be7
-_merge = dict(count_pos=torch.add, sum=torch.add, sumsq=torch.add, max=torch.maximum)
+# %% ../nbs/10_recording.ipynb #5fac26e9
+@dataclass(frozen=True)
+class Group:
+    "One kind of statistic: the tensors it keeps per layer, and how activations change them."
+    init: Callable # (d_mlp, device) -> dict of tensors
+    update: Callable # (tensors, x with the activation's sign [token, neuron], a() the activation's value [token, neuron])
+    merge: dict[str, Callable] # how two shards' tensors become one, by name
 
+def _count_init(d, dev): return dict(count_pos=torch.zeros(d, dtype=torch.int64, device=dev))
+
+def _count(t, x, a):
+    on = (x > 0).view(torch.uint8)
+    full = len(on)//255*255  # at most 255 rows fit a byte: three times as fast as adding booleans up as int64, and exact
+    t["count_pos"] += on[:full].view(-1, 255, on.shape[1]).sum(1, dtype=torch.uint8).sum(0) + on[full:].sum(0)
+
+def _moments_init(d, dev):
+    zeros = lambda: torch.zeros(d, dtype=torch.float64, device=dev)
+    return dict(sum=zeros(), sumsq=zeros(), max=zeros() - torch.inf)
+
+def _moments(t, x, a):
+    a = a()
+    if a.dtype in (torch.bfloat16, torch.float16): a = a.float()
+    t["sum"] += a.sum(0, dtype=torch.float64)
+    t["sumsq"] += a.square().sum(0, dtype=torch.float64)
+    torch.maximum(t["max"], a.amax(0).double(), out=t["max"])
+
+groups = {"counts": Group(_count_init, _count, dict(count_pos=torch.add)),
+          "moments": Group(_moments_init, _moments, dict(sum=torch.add, sumsq=torch.add, max=torch.maximum))}
+
+def _merger(name: str) -> Callable:
+    "How the group that keeps this tensor merges it."
+    return next(g.merge[name] for g in groups.values() if name in g.merge)
+
+# %% ../nbs/10_recording.ipynb #87a81e1b
 @patch
 def _tensors(self: ActivationStats) -> dict[str, Tensor]:
     "All tensors by name, language first."
@@ -135,7 +168,7 @@ def __add__(self: ActivationStats, other: ActivationStats) -> ActivationStats:
         rows = []
         for lang in langs:
             have = [s._tensors()[name][s.langs.index(lang)] for s in (self, other) if lang in s.langs]
-            rows.append(have[0] if len(have) == 1 else _merge[name](*have))
+            rows.append(have[0] if len(have) == 1 else _merger(name)(*have))
         return torch.stack(rows)
     t = {name: merged(name) for name in self._tensors()}
     n = {l: self.n_tokens.get(l, 0) + other.n_tokens.get(l, 0) for l in langs}
@@ -148,31 +181,7 @@ def _merged_meta(a: dict, b: dict) -> dict:
     same = {k: v for k, v in a.items() if b.get(k) == v}
     return same | dict(merged_from=[m.get("key") for m in (a, b)])
 
-# %% ../nbs/10_recording.ipynb #07fef7f6
-@dataclass(frozen=True)
-class Group:
-    "One kind of statistic: the tensors it keeps per layer, and how activations change them."
-    init: Callable # (d_mlp, device) -> dict of tensors
-    update: Callable # (tensors, x with the activation's sign [token, neuron], a() the activation's value [token, neuron])
-
-def _count_init(d, dev): return dict(count_pos=torch.zeros(d, dtype=torch.int64, device=dev))
-
-def _count(t, x, a): t["count_pos"] += (x > 0).sum(0)
-
-def _moments_init(d, dev):
-    zeros = lambda: torch.zeros(d, dtype=torch.float64, device=dev)
-    return dict(sum=zeros(), sumsq=zeros(), max=zeros() - torch.inf)
-
-def _moments(t, x, a):
-    a = a()
-    if a.dtype in (torch.bfloat16, torch.float16): a = a.float()
-    t["sum"] += a.sum(0, dtype=torch.float64)
-    t["sumsq"] += a.square().sum(0, dtype=torch.float64)
-    torch.maximum(t["max"], a.amax(0).double(), out=t["max"])
-
-groups = {"counts": Group(_count_init, _count), "moments": Group(_moments_init, _moments)}
-
-# %% ../nbs/10_recording.ipynb #05a10921
+# %% ../nbs/10_recording.ipynb #a3df76bd
 @dataclass(frozen=True)
 class Shard:
     "A numbered run of windows of one language."
@@ -188,7 +197,7 @@ def shards(windows: TokenWindows, # packed text
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
-# %% ../nbs/10_recording.ipynb #654005f7
+# %% ../nbs/10_recording.ipynb #c0713f1b
 class Recorder:
     "Runs shards through a model and reduces their activations inside the hooks."
     def __init__(self, model, # a hooked model
@@ -196,6 +205,7 @@ class Recorder:
                  site: str = "gate", # where
                  batch_size: int = 8, # windows per forward pass
                 ):
+        if "counts" not in groups_ or len(set(groups_)) != len(groups_): raise ValueError(f"groups must hold 'counts' and name each once, got {list(groups_)}")
         if unknown := set(groups_) - set(groups): raise ValueError(f"no group {sorted(unknown)}; allowed are {', '.join(groups)}")
         self.view, self.site, self.batch_size = view(model).check(), check_site(site), batch_size
         self.groups = [groups[g] for g in groups_]
@@ -206,7 +216,7 @@ class Recorder:
         state = {k: t for g in self.groups for k, t in g.init(self.view.d_mlp, device).items()}
         return state | {"_sum": torch.zeros((), device=device)}
 
-# %% ../nbs/10_recording.ipynb #d24d81a7
+# %% ../nbs/10_recording.ipynb #e2a69e2e
 @patch
 def _hook(self: Recorder, layer: int, state: dict[str, Tensor], skip: int, fired: list[int]) -> Callable:
     "The reducing hook of one layer."
@@ -251,9 +261,9 @@ def _verify(self: Recorder, states: list, fired: list[int], n: int, shard: Shard
         if got != n: raise RecordingError(f"hook {name} saw {got} of {n} tokens (shard {shard.number}, {shard.lang}): counts would be wrong")
         if not torch.isfinite(state["_sum"]):
             raise RecordingError(f"activations of layer {l} ({name}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
-                                 "load the model in float32 or bfloat16, or look at its weights. Earlier shards are kept")
+                                 "load the model in float32 or bfloat16, or look at its weights")
 
-# %% ../nbs/10_recording.ipynb #a9820291
+# %% ../nbs/10_recording.ipynb #fb6a8c64
 @dataclass(frozen=True)
 class _Run:
     "The folder of a recording and the configuration it belongs to."
@@ -284,7 +294,7 @@ def checkpoint(self: _Run, lang: str, total: dict[str, Tensor], done: int, n: in
     if self.folder is not None:
         save_artifact(self.path(lang), "recording_part", total, dict(config=self.config, done=done, n_tokens=n))
 
-# %% ../nbs/10_recording.ipynb #f1e6d653
+# %% ../nbs/10_recording.ipynb #37e79459
 @patch
 def save(self: ActivationStats, path # file, ends in .safetensors
         ) -> Path:
@@ -303,10 +313,10 @@ def load(cls: ActivationStats, path # what `save` wrote
     counts = t.pop("count_pos")
     return cls(tuple(m["langs"]), {l: m["n_tokens"][l] for l in m["langs"]}, counts, m["site"], t or None, seen, m["meta"])
 
-# %% ../nbs/10_recording.ipynb #e51bd972
+# %% ../nbs/10_recording.ipynb #c13fbbfa
 def _merge_state(total: dict[str, Tensor] | None, part: dict[str, Tensor]) -> dict[str, Tensor]:
     "Add a shard to the sums so far; in shard order, so that float sums have one value."
-    return part if total is None else {k: _merge[k](total[k], part[k]) for k in part}
+    return part if total is None else {k: _merger(k)(total[k], part[k]) for k in part}
 
 @patch
 def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, tick: Callable, every: float) -> tuple[dict, int]:
@@ -314,17 +324,21 @@ def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Ru
     lang = todo[0].lang
     total, done, n = run.resume(lang)
     tick(n)
-    last = time.monotonic()
-    for i, shard in enumerate(todo[done:], done + 1):
-        part, counted = self.run(windows, shard, tick)
-        total, n = _merge_state(total, part), n + counted
-        if i == len(todo) or time.monotonic() - last >= every:
-            run.checkpoint(lang, total, i, n)
-            last = time.monotonic()
+    kept, last = done, time.monotonic()
+    try:
+        for shard in todo[done:]:
+            part, counted = self.run(windows, shard, tick)
+            total, n, done = _merge_state(total, part), n + counted, done + 1
+            if done == len(todo) or time.monotonic() - last >= every:
+                run.checkpoint(lang, total, done, n)
+                kept, last = done, time.monotonic()
+    except (KeyboardInterrupt, RecordingError):
+        if done > kept: run.checkpoint(lang, total, done, n)
+        raise
     if n != windows.n_tokens(lang): raise RecordingError(f"{lang}: {n} tokens counted, but {windows.n_tokens(lang)} given")
     return total, n
 
-# %% ../nbs/10_recording.ipynb #8757ff84
+# %% ../nbs/10_recording.ipynb #c03c13fc
 def record(model, # a hooked model, from load_model
            corpus: Corpus | dict, # texts by language
            *, tokens: int | None = None, # per language; None = all there is
@@ -347,13 +361,14 @@ def record(model, # a hooked model, from load_model
     config = v.describe() | dict(langs=list(windows.langs), windows=windows.fingerprint, corpus=corpus.fingerprint, length=windows.length, seed=seed,
                                  bos=windows.bos_token_id, site=site, groups=list(groups), batch_size=batch_size, shard_size=shard_size)
     run = _Run(None if out is None else Path(out), config)
+    if run.folder is not None: save_json(run.folder/"config.json", config)  # an unwritable folder is an error now, not after the work
     if run.folder is not None and run.path().exists():
         stats = ActivationStats.load(run.path())
         run.check_config({k: stats.meta.get(k) for k in config}, run.path())
         return stats
     return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every)
 
-# %% ../nbs/10_recording.ipynb #c9c3913e
+# %% ../nbs/10_recording.ipynb #7fedd9ae
 def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float) -> ActivationStats:
     "Every language in turn, then the finished artifact."
     from tqdm.auto import tqdm
@@ -378,7 +393,7 @@ def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], ru
         for lang in windows.langs: run.path(lang).unlink(missing_ok=True)
     return stats
 
-# %% ../nbs/10_recording.ipynb #2728387d
+# %% ../nbs/10_recording.ipynb #16c2d265
 @patch
 def to_df(self: ActivationStats) -> pd.DataFrame: # model, site, lang, layer, neuron, metric, value
     "Every rate (and mean, when recorded) as a tidy table; one row per language, layer and neuron."
@@ -396,7 +411,7 @@ def _repr_markdown_(self: ActivationStats) -> str:
     return (f"**ActivationStats** of {self.meta.get('model_id', 'unknown model')}: {self.n_layers} layers × {self.d_mlp:,} neurons, site `{self.site}`\n\n"
             f"| language | tokens | neurons that ever fire | mean firing rate |\n|---|---|---|---|\n{rows}")
 
-# %% ../nbs/10_recording.ipynb #748b4a5a
+# %% ../nbs/10_recording.ipynb #b74c1279
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenActivations:
     "Activations of chosen neurons at every token of a few prompts."
@@ -412,7 +427,7 @@ class TokenActivations:
         if (layer, neuron) not in self.neurons: raise KeyError(f"neuron {neuron} of layer {layer} was not kept; name it in cache_activations(neurons=...)")
         return self.values[prompt][:, self.neurons.index((layer, neuron))]
 
-# %% ../nbs/10_recording.ipynb #da6e18eb
+# %% ../nbs/10_recording.ipynb #9d835348
 @torch.inference_mode()
 def cache_activations(model, # a hooked model
                       prompts: str | list[str], # texts to look at
@@ -423,6 +438,8 @@ def cache_activations(model, # a hooked model
     "Per-token activations of chosen neurons; for small inputs."
     v, prompts = view(model).check(), [prompts] if isinstance(prompts, str) else list(prompts)
     if (layers is None) == (neurons is None): raise ValueError("name either layers= or neurons= to look at")
+    if getattr(neurons, "site", site) != site: raise ValueError(f"these neurons are of site {neurons.site!r}; pass site={neurons.site!r}")
+    if getattr(neurons, "model", None) not in (None, v.fingerprint): raise ValueError(f"these neurons were found in a model with fingerprint {neurons.model}; {v.model_id} has {v.fingerprint}")
     chosen = [(l, i) for l in layers for i in range(v.d_mlp)] if neurons is None else [(int(l), int(i)) for l, i in neurons]
     for l, i in chosen:
         if not (0 <= l < v.n_layers and 0 <= i < v.d_mlp): raise ValueError(f"no neuron {i} in layer {l}: {v.model_id} has {v.n_layers} layers × {v.d_mlp} neurons")
@@ -437,7 +454,7 @@ def _token_values(v: ModelView, prompt: str, chosen: list, site: str) -> tuple[l
     act = {l: v.act_fn(l)(x[0]) if kind == "pre" else x[0] for l, x in got.items()}
     return [v.tokenizer.decode([t]) for t in ids[0]], torch.stack([act[l][:, i] for l, i in chosen], -1).float().cpu()
 
-# %% ../nbs/10_recording.ipynb #f713f920
+# %% ../nbs/10_recording.ipynb #58001887
 @patch
 def to_df(self: TokenActivations) -> pd.DataFrame: # prompt, pos, token, layer, neuron, value
     "Tidy table: one row per token and neuron."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../nbs/33_report.ipynb #a5ee37af
+# %% ../nbs/33_report.ipynb #7b7cfec5
 import json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .comparison import ExperimentResult
 from .figures import figure_html, save_figures
 from .languages import language
 
-# %% ../nbs/33_report.ipynb #7a7b508b
+# %% ../nbs/33_report.ipynb #f1bfddc5
 def _names(langs) -> str:
     "English names of languages, joined."
     names = [language(l).name for l in langs]
@@ -31,11 +31,11 @@ def sentences(self: ExperimentResult) -> list[str]: # three
     sizes = [len(x) for x in self.neurons.values()]
     return [f"The activations of {self.facts['model_id']} ({self.facts['n_layers']} layers of {self.facts['d_mlp']:,} neurons) were recorded over {n[0]:,} tokens "
             f"of text in each of {len(e.langs)} languages: {_names(e.langs)}.",
-            f"LAPE took the {e.top:.0%} of neurons whose firing is most concentrated on few languages, which gave each language {min(sizes)} to {max(sizes)} neurons.",
+            f"LAPE took the {100*e.top:g} % of neurons whose firing is most concentrated on few languages, which gave each language {min(sizes)} to {max(sizes)} neurons.",
             f"Switching off a language's neurons multiplied the perplexity of its own held-out text by {s['own_median']:.2f} (median over languages; above 1.5 in "
             f"{s['own_above_1_5']} of {s['n_langs']}), that of other languages by {s['off_median']:.2f}, while random neurons, as many in each layer, gave {s['random_median']:.2f}."]
 
-# %% ../nbs/33_report.ipynb #1f3127da
+# %% ../nbs/33_report.ipynb #8b33b09e
 _captions = {
     "neurons_per_layer": "Language neurons by layer. Each cell counts the neurons that LAPE assigns to a language in a layer.",
     "overlap": "Overlap of the sets. Jaccard index: shared neurons divided by neurons in either set.",
@@ -65,11 +65,12 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} pre{
 <h2>Provenance</h2><details open><summary>Everything this report depends on</summary><pre>{{ provenance }}</pre></details>
 </main></body></html>"""
 
-# %% ../nbs/33_report.ipynb #17203912
+# %% ../nbs/33_report.ipynb #2efb8e86
 @patch
 def _trust(self: ExperimentResult) -> list[str]:
     "What limits the reading of these numbers."
-    worst = self.purity.sort_values("share_elsewhere").iloc[-1] if len(self.purity) else None
+    known = self.purity.dropna(subset=["share_elsewhere"])
+    worst = known.loc[known.share_elsewhere.idxmax()] if len(known) else None
     lines = ["The text that found the neurons and the text that was measured do not overlap; this was checked by content.",
              f"Each cell rests on about {self.experiment.held_out_tokens} tokens in windows of {self.experiment.measure_length}; intervals cover the choice of text, not of the model, the corpus or the random set.",
              "One random set per language is drawn; a single one can be lucky. Many cells are compared at once: read patterns, not single cells."]
@@ -95,7 +96,7 @@ def _continuations(self: ExperimentResult) -> list[dict]:
         except KeyError: return {"arz": "Egyptian Arabic", "zxx": "no language"}.get(c, c)
     return [dict(of=name(r.neurons_of), how=how[r.intervention], prompt=r.prompt, text=r.text, identified=known(r.identified)) for r in self.generations.itertuples()]
 
-# %% ../nbs/33_report.ipynb #a353be3c
+# %% ../nbs/33_report.ipynb #90e1b88d
 @patch
 def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside random controls") -> str:
     "The report as one self-contained page."

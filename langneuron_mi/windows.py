@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKETCH', 'SPILL', 'tokenizer_fingerprint', 'add_to_sketch', 'shares_text', 'TokenWindows', 'pack']
 
-# %% ../nbs/05_windows.ipynb #1e25abab
+# %% ../nbs/05_windows.ipynb #f67a0bea
 import hashlib
 import weakref
 import math
@@ -26,13 +26,14 @@ from .artifacts import atomic_write
 from .corpora import Corpus, CorpusError, digest, text_hash
 from .languages import UnknownLanguage, language
 
-# %% ../nbs/05_windows.ipynb #b7963b5f
+# %% ../nbs/05_windows.ipynb #48a1be91
 _prints = weakref.WeakKeyDictionary()  # a vocabulary of 262,000 tokens takes .7 s to write out
 
 def tokenizer_fingerprint(tokenizer, # of transformers
                          ) -> str: # 16 hex digits
     "Name of what a tokenizer does."
-    state = len(tokenizer), str(tokenizer.special_tokens_map)  # changes when tokens are added
+    try: state = len(tokenizer), str(tokenizer.special_tokens_map)  # changes when tokens are added
+    except (TypeError, AttributeError): return _print_tokenizer(tokenizer)
     if _prints.get(tokenizer, (None,))[0] != state: _prints[tokenizer] = state, _print_tokenizer(tokenizer)
     return _prints[tokenizer][1]
 
@@ -44,7 +45,7 @@ def _print_tokenizer(tokenizer) -> str:
     head, mark, rest = text.partition('"added_tokens":')  # truncation and padding come before
     return hashlib.blake2b((mark + rest if mark else text).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/05_windows.ipynb #7aa76d58
+# %% ../nbs/05_windows.ipynb #aa9b1aa1
 SKETCH = 4096  # hashes in a full sketch
 
 def add_to_sketch(sketch: np.ndarray, # uint64, sorted; start from an empty one
@@ -63,7 +64,7 @@ def shares_text(a: np.ndarray, # a sketch
     both = np.intersect1d(a, b, assume_unique=True)
     return int((both <= min(limits)).sum()) if limits else len(both)
 
-# %% ../nbs/05_windows.ipynb #fd8cb2cb
+# %% ../nbs/05_windows.ipynb #4348ee3f
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenWindows:
     "Token windows of equal length by language; the last one of a language may be shorter."
@@ -96,7 +97,7 @@ class TokenWindows:
         "Sketch of the texts that went into the windows."
         return self.sketches[lang]
 
-# %% ../nbs/05_windows.ipynb #1b2acf13
+# %% ../nbs/05_windows.ipynb #27457d29
 @patch
 def batch(self: TokenWindows,
           lang: str,
@@ -123,7 +124,7 @@ def batches(self: TokenWindows,
     if i0 < full: yield self.batch(lang, i0, full)
     if full < i1: yield self.batch(lang, max(i0, full), i1)
 
-# %% ../nbs/05_windows.ipynb #b154442a
+# %% ../nbs/05_windows.ipynb #e76c10fb
 @patch
 def __repr__(self: TokenWindows) -> str:
     return f"TokenWindows({', '.join(f'{l}: {self.n_tokens(l):,} tokens in {self.n_windows(l):,}' for l in self.langs)}; length {self.length}, {self.fingerprint})"
@@ -134,7 +135,7 @@ def _repr_markdown_(self: TokenWindows) -> str:
     bos = "no BOS" if self.bos_token_id is None else f"BOS {self.bos_token_id} included"
     return "\n".join(["| language | texts | tokens | windows |", "|---|---:|---:|---:|", *rows, "", f"windows of {self.length} positions, {bos}, fingerprint `{self.fingerprint}`"])
 
-# %% ../nbs/05_windows.ipynb #2013ce31
+# %% ../nbs/05_windows.ipynb #9c6957de
 def _in_order(corpus: Corpus, lang: str, seed: int) -> Iterable[str]:
     "The texts of a language in the order of packing."
     texts = corpus.texts(lang)
@@ -149,7 +150,7 @@ def _batched(texts: Iterable[str], largest: int = 1024) -> Iterator[list[str]]:
         yield batch
         n = min(2*n, largest)
 
-# %% ../nbs/05_windows.ipynb #09cebde8
+# %% ../nbs/05_windows.ipynb #563933a9
 class _Stream:
     "The tokens of a language in chunks, with what is learned on the way."
     def __init__(self, tokenizer, sep: str, n_tokens: int | None):
@@ -172,7 +173,7 @@ class _Stream:
             self.n, self.n_unknown = self.n + len(ids), self.n_unknown + (0 if unknown is None else int((ids == unknown).sum()))
             yield ids
 
-# %% ../nbs/05_windows.ipynb #76e5edfe
+# %% ../nbs/05_windows.ipynb #1c67f74e
 SPILL = 5_000_000  # tokens of a language above which `spill` takes effect
 
 def _store(chunks: Iterator[np.ndarray], path: Path | None) -> np.ndarray: # int32
@@ -187,7 +188,7 @@ def _store(chunks: Iterator[np.ndarray], path: Path | None) -> np.ndarray: # int
         for chunk in chain(held, chunks): f.write(chunk.tobytes())
     return np.memmap(path, np.int32, "r")
 
-# %% ../nbs/05_windows.ipynb #96cb9215
+# %% ../nbs/05_windows.ipynb #2597bb54
 def _asked(tokens: int | Mapping[str, int] | None, langs: tuple[str, ...]) -> dict[str, int | None]:
     "Tokens asked for by language."
     if isinstance(tokens, Mapping):
@@ -207,7 +208,7 @@ def _check_stream(lang: str, stream: _Stream, asked: int | None) -> None:
     if stream.n_unknown > .2*stream.n:
         warnings.warn(f"{lang}: {stream.n_unknown/stream.n:.0%} of the tokens are the tokenizer's unknown token; the model cannot read this language", stacklevel=3)
 
-# %% ../nbs/05_windows.ipynb #fae71ed5
+# %% ../nbs/05_windows.ipynb #e30f3022
 def pack(corpus: Corpus, # texts by language
          tokenizer, # of transformers
          *, langs: Iterable[str] | None = None, # a part of the corpus's languages

@@ -62,8 +62,32 @@ def test_models_fingerprint_same_in_bf16_other_after_an_edit():
     with torch.no_grad():
         next(va.hf.parameters())[3, 2] += 0.25
     assert va.fingerprint != before
+    changed = va.fingerprint
+    next(va.hf.parameters()).data.add_(0.25)  # PyTorch's version counter does not see this
+    assert va.fingerprint != changed
     other = view(load_model(tiny_model("llama", seed=1)[0], tokenizer=tok))
-    assert other.fingerprint != before
+    gelu = view(load_model(tiny_model("llama", hidden_act="gelu")[0], tokenizer=tok))
+    eps = view(load_model(tiny_model("llama", rms_norm_eps=.5)[0], tokenizer=tok))
+    assert len({before, other.fingerprint, gelu.fingerprint, eps.fingerprint}) == 4
+
+
+def test_models_options_that_would_be_ignored_are_refused():
+    hf, tok = tiny_model("llama")
+    with pytest.raises(ModelError, match="dtype cannot be used"):
+        load_model(hf, tokenizer=tok, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match="own tokenizer"):
+        load_model(load_model(hf, tokenizer=tok), tokenizer=tok)
+
+
+def test_models_are_freed():
+    import gc
+    import weakref
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    ref = weakref.ref(model)
+    del model, hf
+    gc.collect()
+    assert ref() is None
 
 
 def test_models_bos_is_what_the_tokenizer_adds():

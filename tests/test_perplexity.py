@@ -48,6 +48,29 @@ def test_perplexity_without_bos_does_not_count_the_first_token():
     assert m.n_tokens["en"].sum() == stream_n - len(m.n_tokens["en"])
 
 
+def test_perplexity_last_window_of_one_token_without_bos():
+    hf, tok = tiny_model("qwen2", bos=False)
+    m = perplexity_matrix(load_model(hf, tokenizer=tok), TEXTS, tokens=33, length=16, progress=False)
+    assert m.n_tokens["en"].tolist() == [15, 15] and len(m.to_df()) == 2
+
+
+def test_perplexity_bytes_do_not_depend_on_windows():
+    hf, tok = tiny_model("llama")
+    model, thai = load_model(hf, tokenizer=tok), {"th": ["ภาษาไทยเป็นภาษาที่มีวรรณยุกต์"] * 5}
+    want = sum(len((t + "\n").encode()) for t in thai["th"])
+    assert {perplexity_matrix(model, thai, tokens=None, length=n, progress=False).n_bytes["th"] for n in (7, 16, 31)} == {want}
+
+
+def test_perplexity_names_never_collide():
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    a, b = (ablate(NeuronSet([(0, i)], shape=view(model).shape)) for i in (1, 2))
+    with pytest.raises(ValueError, match="two interventions are named"):
+        perplexity_matrix(model, TEXTS, [a, b], tokens=60, length=16, progress=False)
+    with pytest.raises(ValueError, match="untouched model"):
+        perplexity_matrix(model, TEXTS, {("none", "none"): a}, tokens=60, length=16, progress=False)
+
+
 def test_perplexity_planted_effects_are_exactly_where_planted():
     p = planted_model()
     model = load_model(p.hf, tokenizer=p.tokenizer)

@@ -15,6 +15,7 @@ from lens import lens_models
 
 from langneuron_mi.artifacts import ArtifactError
 from langneuron_mi.models import load_model, view
+from langneuron_mi.neurons import NeuronSet
 from langneuron_mi.recording import ActivationStats, Recorder, RecordingError, cache_activations, record, shards
 from langneuron_mi.testing import planted_model, tiny_model
 from langneuron_mi.windows import pack
@@ -154,16 +155,14 @@ def test_recording_nan_names_the_layer():
     hf, tok = tiny_model("llama")
     with torch.no_grad():
         hf.model.layers[1].mlp.gate_proj.weight[3, 3] = float("nan")
-    v = view(load_model_unchecked(hf, tok))
-    with pytest.raises(RecordingError, match="layer 1 .*NaN or infinite"):
-        record(v.model, TEXTS, length=16, progress=False)
-
-
-def load_model_unchecked(hf, tok):
-    from langneuron_mi import models
-    model = models._bridge(hf, tok, "broken")
-    models.view(model)._checked = True
-    return model
+    with pytest.raises(ValueError, match="layer 1 .*NaN or infinite"):
+        load_model(hf, tokenizer=tok)
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)  # sound when loaded, broken on one word of the text
+    with torch.no_grad():
+        view(model).hf.model.embed_tokens.weight[tok("q", add_special_tokens=False).input_ids[0]] = float("nan")
+    with pytest.raises(RecordingError, match="layer 0 .*NaN or infinite.*en"):
+        record(model, TEXTS, length=16, progress=False)
 
 
 def test_recording_hook_that_does_not_fire_is_an_error():
@@ -235,7 +234,7 @@ from langneuron_mi.models import load_model
 from langneuron_mi.recording import Recorder, record
 hf, tok = tiny_model("gemma3")
 run = Recorder.run
-Recorder.run = lambda self, w, s, tick: (time.sleep(.05), run(self, w, s, tick))[1]
+Recorder.run = lambda self, w, s, tick: (time.sleep(.1), print("shard", flush=True), run(self, w, s, tick))[2]
 print("start", flush=True)
 texts = {l: [f"{l} word{i} and word{i*7%13}" for i in range(120)] for l in ("en", "de", "fr")}
 record(load_model(hf, tokenizer=tok), texts, length=32, shard_size=4, batch_size=2, out=sys.argv[1], checkpoint_every=0., progress=False)
@@ -248,8 +247,8 @@ def test_recording_killed_five_times_gives_the_same_bytes(tmp_path):
     env = os.environ | dict(HF_HUB_OFFLINE="1")
     start = lambda out: subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True)
     clean = start(tmp_path / "clean")
-    clean.communicate()
-    assert clean.returncode == 0
+    everything = clean.communicate()[0].count("shard")
+    assert clean.returncode == 0 and everything > 10
     rng, killed = random.Random(0), 0
     for _ in range(5):
         p = start(tmp_path / "killed")
@@ -260,8 +259,9 @@ def test_recording_killed_five_times_gives_the_same_bytes(tmp_path):
             killed += 1
         p.wait()
     final = start(tmp_path / "killed")
-    final.communicate()
-    assert final.returncode == 0 and killed >= 1
+    last = final.communicate()[0].count("shard")
+    assert final.returncode == 0 and killed == 5
+    assert last < everything, "the last run went on from a checkpoint"
     files = lambda d: {f.name: f.read_bytes() for f in d.iterdir() if f.suffix == ".safetensors"}
     assert files(tmp_path / "killed") == files(tmp_path / "clean")
 
@@ -285,13 +285,63 @@ def test_recording_planted_rates():
 @pytest.mark.parametrize("arch", ["gemma2", "bloom", "llama"])
 def test_recording_cache_activations_equals_counts(arch):
     for _, hf, tok, model in lens_models(arch):
-        prompt = "abc def"
+        prompt, v = "abc def", view(model)
         acts = cache_activations(model, prompt, layers=[0, 1])
-        stats = record(model, {"en": [prompt]}, progress=False)
-        skip = int(view(model).bos_token_id is not None)
-        # the recorded text ends in a newline, so compare the mean over the prompt's own tokens only
-        n = len(acts.tokens[0]) - skip
-        assert stats.n_tokens["en"] >= n
+        stats = record(model, load_corpus({"en": [prompt]}, sep=""), progress=False)
+        skip = int(v.bos_token_id is not None)
+        assert stats.n_tokens["en"] == len(acts.tokens[0]) - skip
+        assert torch.equal((acts.values[0][skip:] > 0).sum(0), stats.count_pos[0].flatten())
+        torch.testing.assert_close(acts.values[0][skip:].double().sum(0), stats.moments["sum"][0].flatten(), atol=1e-4, rtol=1e-4)
+        post = NeuronSet([(0, 1)], shape=v.shape, site="post")
+        with pytest.raises(ValueError, match="site='post'"):
+            cache_activations(model, prompt, neurons=post)
         both = cache_activations(model, prompt, neurons=[(1, 5), (0, 3)])
         torch.testing.assert_close(both.of(1, 5), acts.of(1, 5))
-        assert len(acts.to_df()) == len(acts.tokens[0]) * 128 if arch != "bloom" else True
+        assert len(acts.to_df()) == len(acts.tokens[0]) * v.n_layers * v.d_mlp
+
+
+def test_recording_groups_and_counts_are_checked():
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    for bad in (("counts", "counts"), ("moments",), ("counts", "no_such")):
+        with pytest.raises(ValueError, match="group"):
+            record(model, TEXTS, groups=bad, progress=False)
+    with pytest.raises(ValueError, match="rates, not counts"):
+        ActivationStats.from_counts(torch.rand(1, 2, 3), [10], ["en"])
+    with pytest.raises(ValueError, match="between 0 and"):
+        ActivationStats.from_counts(torch.full((1, 2, 3), 11), [10], ["en"])
+
+
+def test_recording_interrupted_keeps_what_is_done(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    args = dict(length=16, shard_size=2, progress=False)
+    run, done = Recorder.run, []
+    def stop(self, w, s, tick):
+        if len(done) == 3: raise KeyboardInterrupt
+        done.append(s.number)
+        return run(self, w, s, tick)
+    monkeypatch.setattr(Recorder, "run", stop)
+    with pytest.raises(KeyboardInterrupt, match="same call again"):
+        record(model, TEXTS, out=tmp_path / "a", **args)
+    again = []
+    monkeypatch.setattr(Recorder, "run", lambda self, w, s, tick: again.append(s.number) or run(self, w, s, tick))
+    record(model, TEXTS, out=tmp_path / "a", **args)
+    assert again[0] == 3
+
+
+def test_recording_unwritable_folder_fails_before_the_work(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(Recorder, "run", lambda *a: pytest.fail("worked before it knew where to write"))
+    with pytest.raises(ArtifactError, match="cannot write"):
+        record(model, TEXTS, out=tmp_path / "file" / "run", progress=False)
+
+
+def test_recording_training_mode_is_refused():
+    hf, tok = tiny_model("gpt2")
+    model = load_model(hf, tokenizer=tok)
+    view(model).hf.train()
+    with pytest.raises(ValueError, match="eval"):
+        record(model, TEXTS, progress=False)
