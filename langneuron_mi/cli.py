@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['commands', 'demo', 'compare', 'record', 'identify', 'perplexity', 'report', 'info', 'main']
 
-# %% ../nbs/50_cli.ipynb #bef3a0a4
+# %% ../nbs/50_cli.ipynb #63acb41e
 import os
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
 
 from fastcore.script import anno_parser
 
-# %% ../nbs/50_cli.ipynb #601d4aa4
+# %% ../nbs/50_cli.ipynb #a174bf0e
 def _langs(text: str) -> list[str]:
     "Codes from a list with commas; each checked before anything heavy starts."
     from langneuron_mi.languages import language
@@ -44,7 +45,7 @@ def _run_experiment(experiment) -> str:
     result = experiment.run()
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
-# %% ../nbs/50_cli.ipynb #3408d952
+# %% ../nbs/50_cli.ipynb #7b73b9f7
 def record(
     model: str, # bundled name, folder or hub id
     corpus: str, # bible, a folder of {lang}.txt / .jsonl / .parquet, or hub:ID
@@ -65,9 +66,9 @@ def record(
     check_site(site)
     train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
     stats = record(load_model(model, revision=revision or None), train, tokens=tokens or None, site=site, length=length, seed=seed, out=out)
-    return f"{sum(stats.n_tokens.values()):,} tokens of {len(stats.langs)} languages counted: {Path(out)/'stats.safetensors'}"
+    return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {Path(out)/'stats.safetensors'}"
 
-# %% ../nbs/50_cli.ipynb #5ea64fb4
+# %% ../nbs/50_cli.ipynb #562124de
 def _stats(path: str):
     "Recorded statistics from a file, or from the folder of a recording."
     from langneuron_mi.recording import ActivationStats
@@ -82,6 +83,7 @@ def identify(
     bar: float = 0.95, # quantile of rates above which a language owns a taken neuron
 ):
     "Find each language's neurons with LAPE"
+    if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
     from langneuron_mi.identification import lape
     neurons = lape(_stats(stats), top=top, filter=filter, bar=bar)
     neurons.save(out)
@@ -113,7 +115,7 @@ def perplexity(
     with atomic_write(out) as tmp: df[df.method != "none"].to_csv(tmp, index=False)
     return f"{len(df)} cells: {out}"
 
-# %% ../nbs/50_cli.ipynb #2cb86d2a
+# %% ../nbs/50_cli.ipynb #0525a37d
 def report(
     folder: str, # of an experiment that has run
 ):
@@ -131,11 +133,12 @@ def info(
     "What an artifact holds and where it comes from, or the versions at work"
     import json
     from langneuron_mi.artifacts import provenance, read_header
+    if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
 commands = {f.__name__: f for f in (demo, record, identify, perplexity, compare, report, info)}
 
-# %% ../nbs/50_cli.ipynb #079a90a0
+# %% ../nbs/50_cli.ipynb #19cc7bd4
 def _usage() -> str:
     "The list of commands."
     width = max(map(len, commands))
@@ -152,10 +155,11 @@ def _parse(name: str, argv: list[str]) -> dict:
     parser = anno_parser(commands[name], prog=f"langneuron {name}")
     def error(message): raise SystemExit(_fail(f"langneuron {name}", f"{message}; langneuron {name} --help tells the options"))
     parser.error = error
+    argv = [re.sub("(?<=[a-z])-(?=[a-z])", "_", a) if a.startswith("--") and "=" not in a else a for a in argv]  # --held-out is --held_out
     args = vars(parser.parse_args(argv))
     return {k: v for k, v in args.items() if k not in ("pdb", "xtra")}
 
-# %% ../nbs/50_cli.ipynb #b4b0d132
+# %% ../nbs/50_cli.ipynb #3d421f7f
 def main(argv: list[str] | None = None # default: the process's own
         ) -> int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Entry point of `langneuron`."

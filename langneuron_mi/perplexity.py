@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['window_nll', 'PerplexityMatrix', 'check_held_out', 'perplexity_matrix']
 
-# %% ../nbs/20_perplexity.ipynb #c9d6ca7e
+# %% ../nbs/20_perplexity.ipynb #2f380fa9
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from .neurons import LanguageNeurons
 from .statistics import bootstrap_ratio
 from .windows import TokenWindows, pack, shares_text
 
-# %% ../nbs/20_perplexity.ipynb #e91b5bbb
+# %% ../nbs/20_perplexity.ipynb #898bfdb7
 @torch.inference_mode()
 def window_nll(model, # a hooked model
                ids: Int[Tensor, "window pos"], # token ids, no pads
@@ -42,7 +43,7 @@ def _nll(logits: Float[Tensor, "pos vocab"], target: Int[Tensor, "pos"]) -> Floa
     logits = logits.float()
     return (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]).sum(dtype=torch.float64)
 
-# %% ../nbs/20_perplexity.ipynb #b050fdc7
+# %% ../nbs/20_perplexity.ipynb #056e8482
 @dataclass(frozen=True, eq=False, repr=False)
 class PerplexityMatrix:
     "NLL per window for every intervention and language of text; without intervention is the row \"none\"."
@@ -63,7 +64,7 @@ class PerplexityMatrix:
         "Comparable across tokenizers and languages."
         return float(self.nll[method, neurons_of, lang].sum()/math.log(2)/self.n_bytes[lang])
 
-# %% ../nbs/20_perplexity.ipynb #e682bfd8
+# %% ../nbs/20_perplexity.ipynb #8ccdb66d
 @patch
 def to_df(self: PerplexityMatrix, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     "One row per cell: method, neurons_of, text_lang, ratio, low, high, n_tokens, perplexity, bits_per_byte, n_windows."
@@ -80,9 +81,10 @@ def plot(self: PerplexityMatrix):
     "The ratio matrix of every method, on one colour scale centred at no effect."
     from langneuron_mi.figures import ratio_matrices
     df = self.to_df()
-    return ratio_matrices(df[df.method != "none"])
+    off = set(df.method) <= {"none", "lape", "random"}
+    return ratio_matrices(df[df.method != "none"], title="Perplexity with the neurons off, relative to none" if off else "Perplexity under each intervention, relative to none")
 
-# %% ../nbs/20_perplexity.ipynb #b35c7e40
+# %% ../nbs/20_perplexity.ipynb #5dffe854
 def check_held_out(windows: TokenWindows, # text to measure on
                    seen: Mapping[str, np.ndarray], # sketches of the texts used for identification, by language
                   ) -> None:
@@ -92,7 +94,7 @@ def check_held_out(windows: TokenWindows, # text to measure on
             raise ValueError(f"{lang}: at least {n} of the texts to measure on were used to find these neurons; "
                              "use the second part of corpus.split(0.1), or another corpus")
 
-# %% ../nbs/20_perplexity.ipynb #5c5ac82d
+# %% ../nbs/20_perplexity.ipynb #2a8040ae
 def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
     "Interventions of any accepted form as {(method, neurons_of): intervention}."
     if interventions is None: return {}
@@ -100,6 +102,8 @@ def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
     if isinstance(interventions, Intervention): return {("intervention", interventions.name): interventions}
     if isinstance(interventions, Mapping):
         return {k if isinstance(k, tuple) else ("intervention", str(k)): i for k, i in interventions.items()}
+    if not isinstance(interventions, (list, tuple)):
+        raise TypeError(f"a {type(interventions).__name__} is not an intervention; wrap neurons in ablate(...) or amplify(...)")
     rows = {}
     for k, i in [row for part in interventions for row in _as_rows(part).items()]:
         if k in rows: raise ValueError(f"two interventions are named {k}; give a dict {{(method, language): intervention}} with different names")
@@ -121,7 +125,7 @@ def _check_tokenizer(interventions, v: ModelView) -> None:
         if found and found != v.tokenizer_fingerprint:
             raise ValueError(f"these neurons were found with tokenizer {found}, but {v.model_id} has {v.tokenizer_fingerprint}; load the model with the same tokenizer")
 
-# %% ../nbs/20_perplexity.ipynb #f666ede9
+# %% ../nbs/20_perplexity.ipynb #802a8f44
 def _predicted_bytes(w: TokenWindows, v: ModelView, lang: str) -> int:
     "UTF-8 bytes of the tokens that are predicted; decoded as one stream, because a window's edge may cut a character."
     size = lambda ids: len(v.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode())
@@ -140,7 +144,7 @@ def _measure(v: ModelView, w: TokenWindows, lang: str, batch_size: int, tick) ->
     if np.isnan(nll).any(): raise ValueError(f"the NLL of {lang} text is NaN under this intervention; look at the values it sets")
     return nll
 
-# %% ../nbs/20_perplexity.ipynb #36bd1658
+# %% ../nbs/20_perplexity.ipynb #a9178e6b
 def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: list[str], batch_size: int, tick, folder: Path | None) -> dict[str, np.ndarray]:
     "NLL per window of each column's text under one intervention; from `folder` when it is there."
     key = fingerprint(v.describe(), w.fingerprint, intervention.fingerprint, columns, batch_size)
@@ -153,7 +157,7 @@ def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: lis
     if path is not None: save_artifact(path, "perplexity_row", {l: torch.from_numpy(x) for l, x in row.items()}, dict(intervention=intervention.name))
     return row
 
-# %% ../nbs/20_perplexity.ipynb #10204c6c
+# %% ../nbs/20_perplexity.ipynb #419114f4
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
                       interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
@@ -170,11 +174,14 @@ def perplexity_matrix(model, # a hooked model
     "Perplexity of every language's text under every intervention."
     from tqdm.auto import tqdm
     v, rows = view(model).check(), _as_rows(interventions)
+    v.untouched("measuring perplexity")
     _check_tokenizer(interventions, v)
     if ("none", "none") in rows: raise ValueError("('none', 'none') is the row of the untouched model; give the intervention another name")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     w = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id)
-    check_held_out(w, seen if seen is not None else _seen(interventions))
+    seen = seen if seen is not None else _seen(interventions)
+    if rows and not seen: warnings.warn("nothing is known of the text that found these neurons; pass seen=stats.seen, so that it can be told from held-out text", stacklevel=2)
+    check_held_out(w, seen)
     todo = [(("none", "none"), Intervention(), list(w.langs))] + [(k, i, list((text_langs or {}).get(k, w.langs))) for k, i in rows.items()]
     sizes = {l: [b.shape[1] - 1 for b in w.batches(l, 0, w.n_windows(l)) if b.shape[1] > 1 for _ in b] for l in w.langs}
     nll = {}
@@ -186,7 +193,7 @@ def perplexity_matrix(model, # a hooked model
     facts = provenance(**v.describe()) | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=seed)
     return PerplexityMatrix(nll, {l: np.array(sizes[l]) for l in w.langs}, {l: _predicted_bytes(w, v, l) for l in w.langs}, facts)
 
-# %% ../nbs/20_perplexity.ipynb #0cfb71b1
+# %% ../nbs/20_perplexity.ipynb #a714e8bc
 @patch
 def save(self: PerplexityMatrix, path) -> Path:
     "Write all windows' sums (atomically), so that every table can be made again."

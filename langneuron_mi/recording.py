@@ -6,7 +6,7 @@
 __all__ = ['log', 'SITES', 'groups', 'RecordingError', 'check_site', 'ActivationStats', 'SiteValue', 'Group', 'Shard', 'shards',
            'Recorder', 'record', 'TokenActivations', 'cache_activations']
 
-# %% ../nbs/10_recording.ipynb #dc40e501
+# %% ../nbs/10_recording.ipynb #2e163010
 import logging
 import shutil
 import time
@@ -27,13 +27,13 @@ from .languages import language
 from .models import ModelView, view
 from .windows import TokenWindows, pack
 
-# %% ../nbs/10_recording.ipynb #afa643db
+# %% ../nbs/10_recording.ipynb #e3ce24a8
 log = logging.getLogger(__name__)
 
 class RecordingError(ValueError):
     "A recording that would be wrong, or cannot go on; what is already computed is kept."
 
-# %% ../nbs/10_recording.ipynb #7a8a0d12
+# %% ../nbs/10_recording.ipynb #2874e257
 SITES = ("gate", "post")
 
 def check_site(site: str # "gate" or "post"
@@ -71,7 +71,7 @@ class ActivationStats:
     @property
     def provenance(self) -> dict: return self.meta
 
-# %% ../nbs/10_recording.ipynb #59eeadb2
+# %% ../nbs/10_recording.ipynb #d5fa1f46
 @patch(cls_method=True)
 def from_counts(cls: ActivationStats,
                 count_pos: Shaped[Tensor, "lang layer neuron"], # tokens with activation > 0; whole numbers
@@ -90,7 +90,7 @@ def from_counts(cls: ActivationStats,
             raise ValueError(f"{lang}: counts must lie between 0 and the {n[lang]} tokens counted, but reach from {counts[k].min()} to {counts[k].max()}")
     return cls(tuple(langs), {l: int(n[l]) for l in langs}, counts, site, meta=meta)
 
-# %% ../nbs/10_recording.ipynb #17453f32
+# %% ../nbs/10_recording.ipynb #b04c56f4
 _value_kinds = {"mean": lambda s, k, n: s.moments["sum"][k]/n,
                 "std": lambda s, k, n: (s.moments["sumsq"][k]/n - (s.moments["sum"][k]/n)**2).clamp_min(0).sqrt(),
                 "max": lambda s, k, n: s.moments["max"][k],
@@ -103,6 +103,7 @@ class SiteValue:
     site: str # where they were recorded
     model: str | None = None # fingerprint of the model, None = unknown
     name: str = "" # e.g. "mean of de"
+    settable: bool = True # False for what is not an activation: a rate, a deviation
 
 @patch
 def value(self: ActivationStats,
@@ -115,9 +116,9 @@ def value(self: ActivationStats,
     if self.moments is None and kind != "rate":
         raise ValueError(f"{kind} needs the group 'moments', and these statistics hold counts only; record again with groups=('counts', 'moments')")
     k = self.langs.index(lang)
-    return SiteValue(_value_kinds[kind](self, k, max(self.n_tokens[lang], 1)), self.site, self.model, f"{kind} of {lang}")
+    return SiteValue(_value_kinds[kind](self, k, max(self.n_tokens[lang], 1)), self.site, self.model, f"{kind} of {lang}", kind in ("mean", "max"))
 
-# %% ../nbs/10_recording.ipynb #5fac26e9
+# %% ../nbs/10_recording.ipynb #45796397
 @dataclass(frozen=True)
 class Group:
     "One kind of statistic: the tensors it keeps per layer, and how activations change them."
@@ -150,7 +151,7 @@ def _merger(name: str) -> Callable:
     "How the group that keeps this tensor merges it."
     return next(g.merge[name] for g in groups.values() if name in g.merge)
 
-# %% ../nbs/10_recording.ipynb #87a81e1b
+# %% ../nbs/10_recording.ipynb #5a115d26
 @patch
 def _tensors(self: ActivationStats) -> dict[str, Tensor]:
     "All tensors by name, language first."
@@ -181,7 +182,7 @@ def _merged_meta(a: dict, b: dict) -> dict:
     same = {k: v for k, v in a.items() if b.get(k) == v}
     return same | dict(merged_from=[m.get("key") for m in (a, b)])
 
-# %% ../nbs/10_recording.ipynb #a3df76bd
+# %% ../nbs/10_recording.ipynb #2566ef02
 @dataclass(frozen=True)
 class Shard:
     "A numbered run of windows of one language."
@@ -197,7 +198,7 @@ def shards(windows: TokenWindows, # packed text
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
-# %% ../nbs/10_recording.ipynb #c0713f1b
+# %% ../nbs/10_recording.ipynb #c2aa720d
 class Recorder:
     "Runs shards through a model and reduces their activations inside the hooks."
     def __init__(self, model, # a hooked model
@@ -216,7 +217,7 @@ class Recorder:
         state = {k: t for g in self.groups for k, t in g.init(self.view.d_mlp, device).items()}
         return state | {"_sum": torch.zeros((), device=device)}
 
-# %% ../nbs/10_recording.ipynb #e2a69e2e
+# %% ../nbs/10_recording.ipynb #178c2979
 @patch
 def _hook(self: Recorder, layer: int, state: dict[str, Tensor], skip: int, fired: list[int]) -> Callable:
     "The reducing hook of one layer."
@@ -263,7 +264,7 @@ def _verify(self: Recorder, states: list, fired: list[int], n: int, shard: Shard
             raise RecordingError(f"activations of layer {l} ({name}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
                                  "load the model in float32 or bfloat16, or look at its weights")
 
-# %% ../nbs/10_recording.ipynb #fb6a8c64
+# %% ../nbs/10_recording.ipynb #b2907795
 @dataclass(frozen=True)
 class _Run:
     "The folder of a recording and the configuration it belongs to."
@@ -294,7 +295,7 @@ def checkpoint(self: _Run, lang: str, total: dict[str, Tensor], done: int, n: in
     if self.folder is not None:
         save_artifact(self.path(lang), "recording_part", total, dict(config=self.config, done=done, n_tokens=n))
 
-# %% ../nbs/10_recording.ipynb #37e79459
+# %% ../nbs/10_recording.ipynb #3d173dbe
 @patch
 def save(self: ActivationStats, path # file, ends in .safetensors
         ) -> Path:
@@ -313,7 +314,7 @@ def load(cls: ActivationStats, path # what `save` wrote
     counts = t.pop("count_pos")
     return cls(tuple(m["langs"]), {l: m["n_tokens"][l] for l in m["langs"]}, counts, m["site"], t or None, seen, m["meta"])
 
-# %% ../nbs/10_recording.ipynb #c13fbbfa
+# %% ../nbs/10_recording.ipynb #b56dbb80
 def _merge_state(total: dict[str, Tensor] | None, part: dict[str, Tensor]) -> dict[str, Tensor]:
     "Add a shard to the sums so far; in shard order, so that float sums have one value."
     return part if total is None else {k: _merger(k)(total[k], part[k]) for k in part}
@@ -338,7 +339,7 @@ def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Ru
     if n != windows.n_tokens(lang): raise RecordingError(f"{lang}: {n} tokens counted, but {windows.n_tokens(lang)} given")
     return total, n
 
-# %% ../nbs/10_recording.ipynb #c03c13fc
+# %% ../nbs/10_recording.ipynb #bfaaeed2
 def record(model, # a hooked model, from load_model
            corpus: Corpus | dict, # texts by language
            *, tokens: int | None = None, # per language; None = all there is
@@ -355,6 +356,7 @@ def record(model, # a hooked model, from load_model
           ) -> ActivationStats:
     "Count, for every neuron and language, the tokens on which it is active."
     v = view(model)
+    v.untouched("recording")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     windows = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id)
     recorder = Recorder(v, tuple(groups), site, batch_size)
@@ -368,7 +370,7 @@ def record(model, # a hooked model, from load_model
         return stats
     return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every)
 
-# %% ../nbs/10_recording.ipynb #7fedd9ae
+# %% ../nbs/10_recording.ipynb #f2f70d96
 def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float) -> ActivationStats:
     "Every language in turn, then the finished artifact."
     from tqdm.auto import tqdm
@@ -393,7 +395,7 @@ def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], ru
         for lang in windows.langs: run.path(lang).unlink(missing_ok=True)
     return stats
 
-# %% ../nbs/10_recording.ipynb #16c2d265
+# %% ../nbs/10_recording.ipynb #b6592e16
 @patch
 def to_df(self: ActivationStats) -> pd.DataFrame: # model, site, lang, layer, neuron, metric, value
     "Every rate (and mean, when recorded) as a tidy table; one row per language, layer and neuron."
@@ -411,7 +413,7 @@ def _repr_markdown_(self: ActivationStats) -> str:
     return (f"**ActivationStats** of {self.meta.get('model_id', 'unknown model')}: {self.n_layers} layers × {self.d_mlp:,} neurons, site `{self.site}`\n\n"
             f"| language | tokens | neurons that ever fire | mean firing rate |\n|---|---|---|---|\n{rows}")
 
-# %% ../nbs/10_recording.ipynb #b74c1279
+# %% ../nbs/10_recording.ipynb #3d9d2cbd
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenActivations:
     "Activations of chosen neurons at every token of a few prompts."
@@ -427,7 +429,7 @@ class TokenActivations:
         if (layer, neuron) not in self.neurons: raise KeyError(f"neuron {neuron} of layer {layer} was not kept; name it in cache_activations(neurons=...)")
         return self.values[prompt][:, self.neurons.index((layer, neuron))]
 
-# %% ../nbs/10_recording.ipynb #9d835348
+# %% ../nbs/10_recording.ipynb #54386091
 @torch.inference_mode()
 def cache_activations(model, # a hooked model
                       prompts: str | list[str], # texts to look at
@@ -454,7 +456,7 @@ def _token_values(v: ModelView, prompt: str, chosen: list, site: str) -> tuple[l
     act = {l: v.act_fn(l)(x[0]) if kind == "pre" else x[0] for l, x in got.items()}
     return [v.tokenizer.decode([t]) for t in ids[0]], torch.stack([act[l][:, i] for l, i in chosen], -1).float().cpu()
 
-# %% ../nbs/10_recording.ipynb #58001887
+# %% ../nbs/10_recording.ipynb #cd691c96
 @patch
 def to_df(self: TokenActivations) -> pd.DataFrame: # prompt, pos, token, layer, neuron, value
     "Tidy table: one row per token and neuron."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../nbs/33_report.ipynb #7b7cfec5
+# %% ../nbs/33_report.ipynb #08072591
 import json
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .comparison import ExperimentResult
 from .figures import figure_html, save_figures
 from .languages import language
 
-# %% ../nbs/33_report.ipynb #f1bfddc5
+# %% ../nbs/33_report.ipynb #27cb10fd
 def _names(langs) -> str:
     "English names of languages, joined."
     names = [language(l).name for l in langs]
@@ -35,7 +35,7 @@ def sentences(self: ExperimentResult) -> list[str]: # three
             f"Switching off a language's neurons multiplied the perplexity of its own held-out text by {s['own_median']:.2f} (median over languages; above 1.5 in "
             f"{s['own_above_1_5']} of {s['n_langs']}), that of other languages by {s['off_median']:.2f}, while random neurons, as many in each layer, gave {s['random_median']:.2f}."]
 
-# %% ../nbs/33_report.ipynb #8b33b09e
+# %% ../nbs/33_report.ipynb #f0036b94
 _captions = {
     "neurons_per_layer": "Language neurons by layer. Each cell counts the neurons that LAPE assigns to a language in a layer.",
     "overlap": "Overlap of the sets. Jaccard index: shared neurons divided by neurons in either set.",
@@ -65,7 +65,7 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} pre{
 <h2>Provenance</h2><details open><summary>Everything this report depends on</summary><pre>{{ provenance }}</pre></details>
 </main></body></html>"""
 
-# %% ../nbs/33_report.ipynb #2efb8e86
+# %% ../nbs/33_report.ipynb #fe1b1c3e
 @patch
 def _trust(self: ExperimentResult) -> list[str]:
     "What limits the reading of these numbers."
@@ -96,7 +96,7 @@ def _continuations(self: ExperimentResult) -> list[dict]:
         except KeyError: return {"arz": "Egyptian Arabic", "zxx": "no language"}.get(c, c)
     return [dict(of=name(r.neurons_of), how=how[r.intervention], prompt=r.prompt, text=r.text, identified=known(r.identified)) for r in self.generations.itertuples()]
 
-# %% ../nbs/33_report.ipynb #90e1b88d
+# %% ../nbs/33_report.ipynb #2c887565
 @patch
 def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside random controls") -> str:
     "The report as one self-contained page."

@@ -35,9 +35,11 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
     (["recrod"], "did you mean 'record'"),
     (["demo", "--langs", "en,ger"], "did you mean"),
     (["demo", "--tokens", "many"], "invalid"),
+    (["demo", "--langs", "en de"], "no language 'en de'"),
+    (["identify", "x", "neurons.csv"], ".safetensors"),
     (["record", "gemma-3-270m", "bible", "en,ger", "x"], "no language 'ger'"),
     (["record", "gemma-3-270m", "/no/such/folder", "en,de", "x"], "/no/such/folder"),
-    (["identify", "/no/such/file", "x"], "/no/such/file"),
+    (["identify", "/no/such/file", "x.safetensors"], "/no/such/file"),
     (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
     (["compare", "/no/such.toml"], "/no/such.toml"),
     (["report", "/no/such"], "/no/such"),
@@ -60,7 +62,7 @@ def test_cli_the_whole_way(tmp_path, capsys):
     for lang, lines in p.texts(300, seed=0).items():
         (tmp_path / "text" / f"{lang}.txt").write_text("\n".join(lines), encoding="utf-8")
     model, text = str(tmp_path / "model"), str(tmp_path / "text")
-    assert main(["record", model, text, "en,de,fr", str(tmp_path / "run"), "--tokens", "500"]) == 0
+    assert main(["record", model, text, "en,de,fr", str(tmp_path / "run"), "--tokens", "500", "--held-out", "0.1"]) == 0
     assert main(["identify", str(tmp_path / "run"), str(tmp_path / "neurons.safetensors")]) == 0
     assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "ppl.csv"), "--tokens", "60"]) == 0
     df = pd.read_csv(tmp_path / "ppl.csv")

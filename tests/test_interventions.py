@@ -189,6 +189,31 @@ def test_interventions_refuse_what_does_not_belong():
             bad()
 
 
+def test_interventions_that_are_on_are_never_measured_as_the_untouched_model():
+    hf, tok = tiny_model("llama")
+    model = load_model(hf, tokenizer=tok)
+    s = NeuronSet([(0, 1), (1, 2)], shape=view(model).shape)
+    texts = {"en": ["a b c d e f"] * 9}
+    from langneuron_mi.perplexity import perplexity_matrix
+    with ablate(s).on(model):
+        for measure in (lambda: record(model, texts, progress=False), lambda: perplexity_matrix(model, texts, tokens=20, length=16, progress=False)):
+            with pytest.raises(ValueError, match="an intervention is on .ablate 2"):
+                measure()
+    record(model, texts, progress=False)
+
+
+def test_interventions_given_the_wrong_thing_say_what_is_wanted():
+    hf, tok = tiny_model("llama")
+    stats = record(load_model(hf, tokenizer=tok), {"en": ["a b c d"], "de": ["e f g h"]}, progress=False)
+    s = NeuronSet([(0, 1)], shape=(2, 64))
+    for bad, words in [(lambda: ablate({"de": s}), "one language's neurons"), (lambda: amplify([(0, 1)], by=2), "NeuronSet"), (lambda: amplify(s, to="mean"), "stats.value"),
+                       (lambda: ablate(s).__enter__(), "on.model")]:
+        with pytest.raises(TypeError, match=words):
+            bad()
+    with pytest.raises(ValueError, match="not an activation"):
+        amplify(s, to=stats.value("de", "rate"))
+
+
 def test_interventions_of_two_sites_are_refused():
     a, b = (NeuronSet([(0, 1)], shape=(2, 64), site=s) for s in ("gate", "post"))
     with pytest.raises(ValueError, match="gate and post"):

@@ -64,6 +64,19 @@ def order_sidebar(proc: Path, names: dict[str, str]) -> None:
     path.write_text(yaml.safe_dump({"website": {"sidebar": {"contents": out}}}, sort_keys=False), encoding="utf-8")
 
 
+def own_plotly(docs: Path) -> None:
+    "Serve plotly.js from the site itself: figures show without a network, and no reader is reported to a CDN."
+    from plotly.offline import get_plotlyjs
+    (docs/"site_libs").mkdir(exist_ok=True)
+    (docs/"site_libs"/"plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+    for page in docs.rglob("*.html"):
+        up = "../"*(len(page.relative_to(docs).parts) - 1)
+        old = page.read_text(encoding="utf-8")
+        new = re.sub(r'<script src="https://cdnjs[^"]*mathjax[^"]*"></script>', "", old)
+        new = re.sub(r'src="https://cdn\.plot\.ly/[^"]*"(\s+(integrity|crossorigin)="[^"]*")*', f'src="{up}site_libs/plotly.min.js"', new)
+        if new != old: page.write_text(new, encoding="utf-8")
+
+
 def main() -> int:
     proc = prepare()
     names = rename_pages(proc)
@@ -75,6 +88,7 @@ def main() -> int:
         quiet = ["--quiet"] if command == "render" else []
         code = subprocess.run([Path(sys.executable).with_name("smalldocs"), command, *quiet, proc]).returncode
         if code: return code
+    own_plotly(ROOT/"_docs")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs; open _docs/index.html, or: python -m http.server -d _docs")
     return 0
 
