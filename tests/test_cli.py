@@ -11,7 +11,7 @@ from langneuron_mi.testing import planted_model
 
 
 def run(*args):
-    return subprocess.run([sys.executable, "-m", "langneuron_mi.cli_entry", *args] if False else [sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", *args],
+    return subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", *args],
                           capture_output=True, text=True)
 
 

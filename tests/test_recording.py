@@ -22,7 +22,6 @@ from langneuron_mi.windows import pack
 from langneuron_mi.corpora import load_corpus
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
-GATE = dict(bloom=None, gpt2=None)
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit"] * 5}
 
 
