@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from langneuron_mi.corpora import load_corpus
-from langneuron_mi.finetune_data import (NLI, PRESETS, PadCollator, Prompted, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real, load_nli, load_squad,
+from langneuron_mi.finetune_data import (NLI, PRESETS, Prompted, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real, load_nli, load_squad,
                                          nli_rows, pad_rows, preset, prompt_rows, qa_prompt, qa_prompted, split_parallel, translate_prompt, translations)
 from langneuron_mi.models import load_model
 
@@ -174,10 +174,3 @@ def test_finetune_data_presets_are_the_papers():
     changed["rank"] = 1
     assert preset("xnli")["rank"] == 8
     with pytest.raises(ValueError, match="no preset 'nli'; there are xnli, xquad"): preset("nli")
-
-
-def test_finetune_data_collator_is_for_the_trainer(tiny):
-    _, tok = tiny("llama")
-    rows = prompt_rows([Prompted("one", " two"), Prompted("a longer one", " two")], tok)
-    batch = PadCollator(tok)(rows)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape and int((batch["labels"] != -100).sum()) == 2*len(" two") + 2
