@@ -6,7 +6,8 @@
 __all__ = ['TuningError', 'TuneConfig', 'Matrix', 'Wiring', 'wiring', 'ParameterCount', 'count_parameters',
            'trainable_parameters', 'Mask', 'freeze', 'attach']
 
-# %% ../nbs/25_neuron_lora.ipynb #d571e01b
+# %% ../nbs/25_neuron_lora.ipynb #e2ecbd14
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def _check(c) -> None:
     if c.mlp == "none" and not c.attention: raise TuningError("attention=False and mlp='none' leave nothing to tune; set one of the two")
     if c.mlp == "none" and c.full_rank: raise TuningError("full_rank=True trains neurons, and mlp='none' has none; set one of the two")
 
-# %% ../nbs/25_neuron_lora.ipynb #a3886f94
+# %% ../nbs/25_neuron_lora.ipynb #25819d47
 @dataclass(frozen=True)
 class TuneConfig:
     "How to tune; the optimizer's settings are those of *No transfer* (XNLI), the learning rate is not."
@@ -58,7 +59,7 @@ class TuneConfig:
     accumulation: int = 1 # forward passes per update
     optimizer: str = "adamw_torch" # or "sgd", "adafactor"
     weight_decay: float = .1 # on the adapter's weights
-    betas: tuple[float, float] = (.9, .999) # of AdamW
+    betas: Sequence[float] = (.9, .999) # of AdamW
     clip: float = 10. # largest norm of the gradient; 0 = do not clip
     warmup: float = .01 # share of the updates with a rising learning rate
     schedule: str = "linear" # of the learning rate after it: "linear", "cosine", "constant", "constant_with_warmup"

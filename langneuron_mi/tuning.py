@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['NEURONS', 'STORY', 'LOG', 'plain_model', 'classifier', 'TextDataset', 'lm_dataset', 'PadCollator', 'Tuned', 'tune']
 
-# %% ../nbs/26_tuning.ipynb #cdf508d8
-import copy
+# %% ../nbs/26_tuning.ipynb #5ca1a0c4
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from . import artifacts
+from .corpora import load_corpus
 from .interventions import check_model
 from .models import ModelView, load_model, view
 from .neuron_lora import (ParameterCount, TuneConfig, TuningError, Wiring, _peft, attach, count_parameters, freeze,
@@ -293,7 +292,7 @@ def _same_story(out: Path, story: dict) -> None:
     differs = [f"{k} ({a.get(k)!r} there, {b.get(k)!r} now)" for k in b if a.get(k) != b[k]]
     if differs: raise TuningError(f"{out} holds a run with another {', '.join(differs)}; choose another folder, or delete this one")
 
-# %% ../nbs/26_tuning.ipynb #3cacfd96
+# %% ../nbs/26_tuning.ipynb #b5733c5d
 def tune(model, # a model that `view` accepts: from load_model, or your own TransformerBridge; it is not changed
          dataset, # rows with input_ids and labels: see `lm_dataset`
          neurons: NeuronSet | None, # with mlp="neurons"
@@ -307,6 +306,7 @@ def tune(model, # a model that `view` accepts: from load_model, or your own Tran
     "Tune the chosen neurons, and the attention where the config says so."
     v, out = view(model), Path(out)
     v.untouched("tuning")
+    count = count_parameters(plain_model(v), neurons, config)
     pad = _check_task(v, neurons, task_type, num_labels)
     no_pad_needed = 0 if data_collator is not None else pad
     rows, vocab = [], v.hf.get_input_embeddings().num_embeddings
@@ -315,27 +315,25 @@ def tune(model, # a model that `view` accepts: from load_model, or your own Tran
     story = _story(v, neurons, config, *rows, task_type, num_labels)
     _same_story(out, story)
     if (out/"adapter"/STORY).exists(): return Tuned.load(out, model)
-    return _run(v, dataset, neurons, config, out, task_type, eval_dataset, data_collator or PadCollator(pad), num_labels, pad, story)
+    return _run(v, dataset, neurons, config, out, task_type, eval_dataset, data_collator or PadCollator(pad), num_labels, pad, story, count)
 
 def _check_task(v: ModelView, neurons, task_type: str, num_labels: int | None) -> int | None: # pad token
     "Model, neurons and task must fit each other."
     if task_type not in ("lm", "classification"): raise TuningError(f"no task_type {task_type!r}; allowed are 'lm' and 'classification'")
     if (task_type == "classification") != (num_labels is not None): raise TuningError("task_type='classification' needs num_labels=, and 'lm' takes none")
     if num_labels is not None and num_labels < 2: raise TuningError(f"num_labels={num_labels}; classification has 2 classes or more")
-    _weights(v)
     if neurons is not None: check_model(neurons, v)
     return v.tokenizer.pad_token_id
 
-# %% ../nbs/26_tuning.ipynb #696dfe0f
-def _run(v, dataset, neurons, config, out, task_type, eval_dataset, collator, num_labels, pad, story) -> Tuned:
+# %% ../nbs/26_tuning.ipynb #6100cfce
+def _run(v, dataset, neurons, config, out, task_type, eval_dataset, collator, num_labels, pad, story, count) -> Tuned:
     "Train from the start or the last whole checkpoint, and write the result."
     dtype, folder = getattr(torch, config.dtype), out/"checkpoints"
     hf = plain_model(v, dtype=dtype) if num_labels is None else classifier(v, num_labels, pad_token_id=pad or 0, dtype=dtype, seed=config.seed)
-    count = count_parameters(hf, neurons, config)
     model = attach(hf, neurons, config, task_type=task_type)
     trainer = _trainer(model, config, v, folder, dataset, eval_dataset, collator, task_type)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    log = pd.DataFrame(trainer.state.log_history)
+    log = pd.DataFrame([r for r in trainer.state.log_history if "train_runtime" not in r])
     last = log["loss"].dropna() if "loss" in log else log
     if len(last) and not last.map(lambda x: x == x and abs(x) != float("inf")).all():
         raise TuningError(f"the loss became NaN or infinite at step {int(log.loc[last[~(last.abs() < float('inf'))].index[0], 'step'])}; nothing was saved as a result. Lower lr={config.lr} or clip={config.clip}, and use another folder")
