@@ -34,7 +34,7 @@ def seed_interval(x, # one number per seed
     half = scipy_stats.t.ppf((1 + level)/2, len(x) - 1)*x.std(ddof=1)/np.sqrt(len(x))
     return Estimate(float(x.mean()), float(x.mean() - half), float(x.mean() + half), len(x), level)
 
-# %% ../nbs/38_transfer.ipynb #4bdd5519
+# %% ../nbs/38_transfer.ipynb #443779f3
 @dataclass(frozen=True, eq=False, repr=False)
 class TransferResult:
     "Every number per window and item, and what they say."
@@ -57,7 +57,7 @@ def run(self: TransferStudy,
        ) -> TransferResult:
     "Everything, from text to report; what is already computed is reused."
     from tqdm.auto import tqdm
-    bench, units, trainable = Bench(self, progress), {}, {}
+    bench, units, trainable = Bench(self, progress).ready(), {}, {}
     bench.neurons.save(bench.out/"neurons.safetensors")
     for cell in (bar := tqdm(self.cells(), unit="model", desc="transfer", disable=not progress)):
         bar.set_postfix_str(f"{cell.condition} {cell.lang} {cell.seed}")
@@ -106,7 +106,7 @@ def compare(self: TransferResult,
                          low_items=items.low, high_items=items.high, n_seeds=len(pairs), n_items=len(mean), trainable=self.trainable[c, on]))
     return pd.DataFrame(rows, columns=["condition", "reference", "tuned_on", "measure", "lang", "value", "before", "effect", "low", "high", "low_items", "high_items", "n_seeds", "n_items", "trainable"])
 
-# %% ../nbs/38_transfer.ipynb #adde6183
+# %% ../nbs/38_transfer.ipynb #c93fd963
 @patch
 def plot(self: TransferResult,
          measure: str = "perplexity", # or "all-shared", "accuracy", "em", "f1" ...
@@ -119,7 +119,7 @@ def plot(self: TransferResult,
     df = df[(df.measure == measure) & (df.tuned_on == (tuned_on or df.tuned_on.iloc[0] if len(df) else ""))]
     if df.empty: raise ValueError(f"{measure!r} was not compared with {reference!r}; measured are {', '.join(dict.fromkeys(k[3] for k in self.units))}")
     df = df.assign(group=df.condition.map(condition_name), low=df.low.fillna(df.low_items), high=df.high.fillna(df.high_items))
-    what, share = f"{measure} after tuning on {lang_name(df.tuned_on.iloc[0])}", measure in CATEGORIES
+    share = measure in CATEGORIES
     if share: df[["effect", "low", "high"]] *= 100
     title = f"{'Share of ' + measure + ' neurons' if share else measure.capitalize()} after tuning on {lang_name(df.tuned_on.iloc[0])}"
     x_title = ("ratio to " if measure == "perplexity" else "points of change against " if share else "change against ") + condition_name(reference)
@@ -152,7 +152,7 @@ def load(cls: TransferResult, path) -> TransferResult:
     return cls({tuple(k): t[f"u.{i}"].numpy() for i, k in enumerate(m["units"])}, {l: t[f"n.{l}"].numpy() for l in m["langs"]}, {(c, l): n for c, l, n in m["trainable"]},
                LanguageNeurons.load(path.with_name(f"{path.stem}-neurons.safetensors")), other, m["facts"])
 
-# %% ../nbs/38_transfer.ipynb #08f343f4
+# %% ../nbs/38_transfer.ipynb #a94fa7a9
 @patch
 def tables(self: TransferResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables."
@@ -169,6 +169,8 @@ def figures(self: TransferResult) -> dict: # by name
     rows = [] if self.test_time is None else dict.fromkeys((k[0], k[4]) for k in self.test_time.scores)
     return out | {f"test_time_{m.replace(' ', '_')}_{l}": self.test_time.plot(m, l) for l, m in rows}
 
+def _first_up(text: str) -> str: return text[:1].upper() + text[1:]
+
 def _in_words(r, pm: str = "") -> str:
     "An effect with its interval."
     ends = f" [{r.low:.3f}, {r.high:.3f}] over {r.n_seeds} seeds" if r.n_seeds > 1 else f" [{r.low_items:.3f}, {r.high_items:.3f}] over {r.n_items} items"
@@ -181,15 +183,15 @@ def sentences(self: TransferResult) -> list[str]:
     study, df, out = self.facts["study"], self.compare(), []
     out.append(f"{self.facts['model_id']} was tuned ({study['task']}) for {', '.join(map(lang_name, study['tune_langs']))} under {len(self.trainable)} conditions with {len(self.seeds)} seeds; neurons were found by {self.neurons.method}.")
     for _, r in df[(df.measure == "perplexity") & (df.lang == df.tuned_on)].iterrows():
-        out.append(f"{condition_name(r.condition).capitalize()} ({r.trainable:,} numbers): held-out perplexity of {lang_name(r.lang)} × {_in_words(r)}.")
+        out.append(f"{_first_up(condition_name(r.condition))} ({r.trainable:,} numbers): held-out perplexity of {lang_name(r.lang)} × {_in_words(r)}.")
     for other in ("random", "attention"):
         d = self.compare(other)
         for _, r in d[d.condition.str.startswith("own") & ((d.lang == d.tuned_on) | (d.lang == "all")) & ~d.measure.isin(CATEGORIES[1:])].iterrows():
             ratio, low, high = r.measure == "perplexity", *((r.low, r.high) if r.n_seeds > 1 else (r.low_items, r.high_items))
             sure = low > (1 if ratio else 0) or high < (1 if ratio else 0)
-            out.append(f"{condition_name(r.condition).capitalize()} against {condition_name(other)}, {r.measure} of {'all languages' if r.lang == 'all' else lang_name(r.lang)}: {'×' if ratio else ''}{_in_words(r, '' if ratio else '+')}: {'a difference' if sure else 'no difference that the interval would show'}.")
+            out.append(f"{_first_up(condition_name(r.condition))} against {condition_name(other)}, {r.measure} of {'all languages' if r.lang == 'all' else lang_name(r.lang)}: {'×' if ratio else ''}{_in_words(r, '' if ratio else '+')}: {'a difference' if sure else 'no difference that the interval would show'}.")
     for _, r in df[df.measure == "all-shared"].iterrows():
-        out.append(f"{condition_name(r.condition).capitalize()}: share of all-shared neurons {r.before:.1%} -> {r.value:.1%} ({100*r.effect:+.2f} points).")
+        out.append(f"{_first_up(condition_name(r.condition))}: share of all-shared neurons {r.before:.1%} -> {r.value:.1%} ({100*r.effect:+.2f} points).")
     return out
 
 # %% ../nbs/38_transfer.ipynb #b0fb3b46

@@ -49,12 +49,12 @@ def condition_name(condition: str) -> str:
     what, _, plus = condition.partition("+")
     return _SAYS.get(what, what) + (" and attention" if plus else "")
 
-# %% ../nbs/37_transfer_bench.ipynb #b1930f2f
+# %% ../nbs/37_transfer_bench.ipynb #48b86c73
 @dataclass(frozen=True)
 class TransferStudy:
     "What to tune, on what, and how it is measured."
     model: object = "gemma-3-270m" # anything load_model takes
-    pad_token: str = "" # for tokenizers that have none: a token of theirs, or "eos"
+    pad_token: str = "" # a token of the tokenizer, or "eos"; its own when not given
     langs: tuple[str, ...] = ("en", "tr", "sw") # languages with neurons; perplexity is measured in all of them
     tune_langs: tuple[str, ...] = ("tr",) # languages to help
     pivot: str = "en" # of the union
@@ -124,14 +124,14 @@ def _tuning(self: TransferStudy) -> tuple[dict, int, float]: # fields of TuneCon
     TuneConfig(**given | self.tuning)
     return given | self.tuning, self.length or length, share
 
-# %% ../nbs/37_transfer_bench.ipynb #e888d5a4
+# %% ../nbs/37_transfer_bench.ipynb #b8bbacac
 @patch
 def _config(self: TransferStudy) -> dict:
     "The parameters as plain JSON; objects by their name."
     plain = lambda x: list(x) if isinstance(x, tuple) else x if isinstance(x, (str, int, float, dict, type(None))) else f"<{type(x).__name__} {getattr(x, 'fingerprint', '')}>"
     return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
-def read_transfer(path, # a TOML file with fields of `TransferStudy`; `models = [...]` makes one study a model
+def read_transfer(path, # a TOML file with fields of `TransferStudy`; `models = [...]` and `tasks = [...]` make one study each
                   **overrides, # fields that take precedence
                  ) -> list[TransferStudy]:
     "The studies of a file."
@@ -140,15 +140,22 @@ def read_transfer(path, # a TOML file with fields of `TransferStudy`; `models = 
     except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
     models = None if "model" in overrides else given.get("models")
     given = {k: v for k, v in given.items() if k != "models"} | overrides
+    tasks = {t: given.get(t, {}) for t in ([overrides["task"]] if "task" in overrides else given.get("tasks", ()))} or {None: {}}
+    if odd := [t for t in tasks if t not in (*TASKS, None)]: raise ValueError(f"{path}: no task {odd[0]!r}; allowed are {', '.join(TASKS)}")
+    given = {k: v for k, v in given.items() if k not in ("tasks", *TASKS)}
+    return [_study(path, given | ({} if t is None else own | dict(task=t)) | overrides, m, t) for m in models or [None] for t, own in tasks.items()]
+
+def _study(path, given: dict, model, task: str | None) -> TransferStudy:
+    "One study of a file; several get a folder each."
     known = {f.name for f in fields(TransferStudy)}
-    if unknown := sorted(given.keys() - known): raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are models, {', '.join(sorted(known))}")
+    if unknown := sorted(given.keys() - known): raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are models, tasks, a table for each task, {', '.join(sorted(known))}")
     for k in ("tokens", "train_tokens", "train_items", "test_items"): given |= {k: None} if given.get(k) == 0 else {}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if models is None: return [TransferStudy(**given)]
     out = Path(given.get("out", "runs/transfer"))
-    return [TransferStudy(**given | dict(model=m, out=str(out/str(m).split("/")[-1]))) for m in models]
+    if model is not None: given, out = given | dict(model=model), out/str(model).split("/")[-1]
+    return TransferStudy(**given | dict(out=str(out if task is None else out/task)))
 
-# %% ../nbs/37_transfer_bench.ipynb #dece6156
+# %% ../nbs/37_transfer_bench.ipynb #fd2bca79
 class Bench:
     "Model, text, neurons and rows of a study."
     def __init__(self, study: TransferStudy, progress: bool = True):
@@ -156,8 +163,10 @@ class Bench:
         self.config, self.length, self.share = study._tuning()
         self.model = load_model(study.model)
         self.v, tok = view(self.model), view(self.model).tokenizer
-        if tok.pad_token_id is None and study.pad_token: tok.pad_token = tok.eos_token if study.pad_token == "eos" else study.pad_token
-        if tok.pad_token_id is None or tok.pad_token_id >= len(tok): raise ValueError(f"the tokenizer of {self.v.model_id} has no pad token; give pad_token = \"eos\", or a token that it knows")
+        pad = tok.eos_token if study.pad_token == "eos" else study.pad_token
+        if pad and pad not in tok.get_vocab(): raise ValueError(f"the tokenizer of {self.v.model_id} knows no token {pad!r}; give pad_token = \"eos\", or a token that it knows")
+        if pad: tok.pad_token = pad
+        if tok.pad_token_id is None: raise ValueError(f"the tokenizer of {self.v.model_id} has no pad token; give pad_token = \"eos\", or a token that it knows")
         corpus = load_corpus(study.corpus, list(study.langs), **study.corpus_options) if not isinstance(study.corpus, Corpus) else study.corpus.select(study.langs)
         self.train, self.held_out = corpus.split(study.held_out, seed=0)
 
@@ -318,6 +327,18 @@ def measured(self: Bench, cell: Cell) -> dict[str, np.ndarray]: # "measure|langu
             save_artifact(path, "transfer_cell", {k: torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)) for k, x in fn(*opened).items()}, asdict(cell))
         got |= {k: t.numpy() for k, t in load_artifact(path, "transfer_cell")[0].items()}
     return got
+
+# %% ../nbs/37_transfer_bench.ipynb #c17294cc
+@patch
+def ready(self: Bench) -> "Bench": # itself
+    "Refuse a study whose data or neurons are missing."
+    s = self.study
+    if s.sharing_items: self.prompts(self.held_out, s.sharing_items, s.sharing_langs or s.langs)
+    for lang in s.tune_langs:
+        if any(c != "none" for c in s.conditions): self._row_key(lang)
+        for c in s.conditions: self.chosen(c, lang, s.seeds[0])
+    for cell in s.cells()[-1:]: self._measures(cell)
+    return self
 
 # %% ../nbs/37_transfer_bench.ipynb #6c6de888
 @patch
