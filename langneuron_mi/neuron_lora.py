@@ -254,7 +254,7 @@ def _mask(model, picked: dict, config: TuneConfig) -> None:
         model.neuron_masks[name] = Mask(_factors(model, name)[which], 1 - which, n, config.full_rank)
     freeze(model)
 
-# %% ../nbs/25_neuron_lora.ipynb #e4a27c5e
+# %% ../nbs/25_neuron_lora.ipynb #fd869bb5
 def attach(hf_model, # a Hugging Face decoder; its weights are frozen, its linear layers wrapped
            neurons: NeuronSet | None, # with mlp="neurons"
            config: TuneConfig,
@@ -265,7 +265,7 @@ def attach(hf_model, # a Hugging Face decoder; its weights are frozen, its linea
     picked = _picked(w, _chosen(w, neurons, config), config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = peft.get_peft_model(hf_model, _lora_config(hf_model, picked, config, task_type))
+        model = peft.get_peft_model(hf_model, _lora_config(hf_model, picked, config, task_type), low_cpu_mem_usage=next(hf_model.parameters()).is_meta)
         _start(model, picked, config)
     _mask(model, picked, config)
     return model

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NEURONS', 'STORY', 'LOG', 'plain_model', 'classifier', 'TextDataset', 'lm_dataset', 'PadCollator', 'Tuned', 'tune']
 
-# %% ../nbs/26_tuning.ipynb #5ca1a0c4
+# %% ../nbs/26_tuning.ipynb #3e5e2ed9
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -69,7 +70,10 @@ def _fill(hf, weights: Mapping[str, Tensor], dtype: torch.dtype | None, share: b
     hf.tie_weights()
     return missing
 
-# %% ../nbs/26_tuning.ipynb #21f5dd47
+# %% ../nbs/26_tuning.ipynb #2c5b8bce
+def _to_own_dtype(head, args): # the head learns in float32, whatever the body computes in
+    return (args[0].to(head.weight.dtype), *args[1:])
+
 def classifier(model, # a TransformerBridge around a Hugging Face model
                num_labels: int, # 2 or more
                *, pad_token_id: int, # to tell real tokens from pads
@@ -89,6 +93,7 @@ def classifier(model, # a TransformerBridge around a Hugging Face model
         shape = hf.get_parameter(name).shape
         value = torch.randn(shape, generator=gen)*std if len(shape) > 1 else torch.zeros(shape)
         setattr(hf.get_submodule(parent), leaf, torch.nn.Parameter(value))
+        hf.get_submodule(parent).register_forward_pre_hook(_to_own_dtype)
     if len(missing) > 2: raise TuningError(f"{type(hf).__name__} needs {len(missing)} weights that {v.model_id} does not have: {', '.join(missing[:4])} ...")
     return hf.requires_grad_(False).eval().to(v.device)
 
@@ -158,7 +163,7 @@ class PadCollator:
         mask = fill([torch.as_tensor(r["attention_mask"]).long() if "attention_mask" in r else torch.ones_like(x) for r, x in zip(rows, ids)], 0)
         return dict(input_ids=fill(ids, self.pad or 0), attention_mask=mask, labels=fill(labels, -100) if labels[0].ndim else torch.stack(labels))
 
-# %% ../nbs/26_tuning.ipynb #51f33157
+# %% ../nbs/26_tuning.ipynb #31cec272
 def _arguments(config: TuneConfig, v: ModelView, folder: Path, evaluate: bool):
     "Our settings in the Trainer's words."
     from transformers import TrainingArguments
@@ -166,7 +171,7 @@ def _arguments(config: TuneConfig, v: ModelView, folder: Path, evaluate: bool):
         output_dir=str(folder), per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation, learning_rate=config.lr, num_train_epochs=config.epochs, max_steps=config.max_steps or -1,
         optim=config.optimizer, weight_decay=config.weight_decay, adam_beta1=config.betas[0], adam_beta2=config.betas[1], max_grad_norm=config.clip,
-        warmup_steps=config.warmup, lr_scheduler_type=config.schedule, bf16=config.dtype == "bfloat16", gradient_checkpointing=config.gradient_checkpointing,
+        warmup_steps=config.warmup, lr_scheduler_type=config.schedule, gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs=dict(use_reentrant=False) if config.gradient_checkpointing else None, seed=config.seed, data_seed=config.seed,
         save_strategy="steps", save_steps=config.save_steps, save_total_limit=2, logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False,
         eval_strategy="epoch" if evaluate else "no", report_to="none", disable_tqdm=True, use_cpu=v.device.type == "cpu",
@@ -174,9 +179,9 @@ def _arguments(config: TuneConfig, v: ModelView, folder: Path, evaluate: bool):
     if v.device.type == "cuda": args._n_gpu = 1  # the model lies on one device; DataParallel would copy it
     return args
 
-# %% ../nbs/26_tuning.ipynb #2a84dbab
+# %% ../nbs/26_tuning.ipynb #ec12983b
 def _callbacks(model, total: str):
-    "Masks held after every update, a mark in every whole checkpoint, and one bar."
+    "Masks held after every update, a mark in every whole checkpoint, one bar, and a stop when the loss is no number."
     from transformers import TrainerCallback
     class Keep(TrainerCallback):
         bar = None
@@ -185,7 +190,10 @@ def _callbacks(model, total: str):
             for mask in model.neuron_masks.values(): mask.hold()
         def on_step_end(self, args, state, control, **kw): self.bar.update()
         def on_log(self, args, state, control, logs=None, **kw):
-            if self.bar is not None and logs and "loss" in logs: self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            if "loss" not in (logs or {}): return
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            if not math.isfinite(logs["loss"]):
+                raise TuningError(f"the loss is {logs['loss']} at step {state.global_step}: no result is written. Lower lr={args.learning_rate} or clip={args.max_grad_norm}, and use another folder")
         def on_save(self, args, state, control, **kw):
             with artifacts.atomic_write(Path(args.output_dir)/f"checkpoint-{state.global_step}"/"whole") as tmp: tmp.write_text("")
         def on_train_end(self, args, state, control, **kw): self.bar.close()
@@ -325,7 +333,7 @@ def _check_task(v: ModelView, neurons, task_type: str, num_labels: int | None) -
     if neurons is not None: check_model(neurons, v)
     return v.tokenizer.pad_token_id
 
-# %% ../nbs/26_tuning.ipynb #6100cfce
+# %% ../nbs/26_tuning.ipynb #38da4320
 def _run(v, dataset, neurons, config, out, task_type, eval_dataset, collator, num_labels, pad, story, count) -> Tuned:
     "Train from the start or the last whole checkpoint, and write the result."
     dtype, folder = getattr(torch, config.dtype), out/"checkpoints"
@@ -334,9 +342,6 @@ def _run(v, dataset, neurons, config, out, task_type, eval_dataset, collator, nu
     trainer = _trainer(model, config, v, folder, dataset, eval_dataset, collator, task_type)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     log = pd.DataFrame([r for r in trainer.state.log_history if "train_runtime" not in r])
-    last = log["loss"].dropna() if "loss" in log else log
-    if len(last) and not last.map(lambda x: x == x and abs(x) != float("inf")).all():
-        raise TuningError(f"the loss became NaN or infinite at step {int(log.loc[last[~(last.abs() < float('inf'))].index[0], 'step'])}; nothing was saved as a result. Lower lr={config.lr} or clip={config.clip}, and use another folder")
     full = story | dict(count=asdict(count), provenance=artifacts.provenance(**v.describe(), step="tune", peft=_peft().__version__, data=story["data"], seed=config.seed))
     _write(out/"adapter", model, neurons, full, log)
     shutil.rmtree(folder, ignore_errors=True)
