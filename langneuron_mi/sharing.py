@@ -252,6 +252,16 @@ def _repr_markdown_(self: Sharing) -> str:
     rows = ((c, self.share(c)) for c in CATEGORIES)
     return head + "\n".join(f"| {c} | {s.mean():.1%} | {s.min():.1%} | {s.max():.1%} |" for c, s in rows)
 
+# %% ../nbs/23_sharing.ipynb #fb37de68
+@patch
+def plot(self: Sharing,
+         theta: float | None = None, # a measured threshold; None = the first
+         **kwargs): # as for category_shares
+    "Stacked bars of the category shares per layer, one panel a task."
+    from langneuron_mi.figures import category_shares
+    df = self.to_df()
+    return category_shares(df[df.theta == self.theta[self._at(theta)]], **kwargs)
+
 # %% ../nbs/23_sharing.ipynb #35f2e4bc
 @patch
 def repetition(self: Sharing,
@@ -284,6 +294,23 @@ def specific_neurons(self: Sharing,
     code = language(lang).code
     if code not in self.langs: raise ValueError(f"no language {lang!r} in this result; it has {', '.join(self.langs)}")
     return _enough(self.specific_counts[self.langs.index(code)], self, at_least)
+
+# %% ../nbs/23_sharing.ipynb #ff9e0877
+@patch
+def most(self: Sharing,
+         category: str, # one of CATEGORIES
+         n: int, # neurons
+         seed: int = 0, # of the choice among neurons that are there equally often
+         theta: float | None = None, # a measured threshold; None = the first
+        ) -> NeuronSet: # n neurons, fewer where fewer were ever in the category
+    "The neurons that are most often in a category."
+    if n < 1: raise ValueError(f"n={n}: give a number of neurons, 1 or more")
+    counts = self.category_counts[self._at(theta), _category(category)].flatten()
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    first = order[counts[order].argsort(descending=True, stable=True)[:n]]
+    mask = torch.zeros(len(counts), dtype=torch.bool)
+    mask[first[counts[first] > 0]] = True
+    return NeuronSet.from_mask(mask.view(self.shape), self.site, self.provenance.get("model"))
 
 # %% ../nbs/23_sharing.ipynb #807f8155
 @patch
@@ -454,6 +481,18 @@ def _repr_markdown_(self: CategoryEffect) -> str:
     "The summary over all languages."
     s = self.summary(n_boot=500)
     return f"**{self!r}**\n\n" + s[s.lang == "all"].drop(columns="lang").round(3).to_markdown(index=False)
+
+# %% ../nbs/23_sharing.ipynb #5b3e2ec5
+@patch
+def plot(self: CategoryEffect,
+         langs: Sequence[str] | None = None, # languages, "all" for their mean; by default the mean and every language
+         **kwargs): # as for dot_interval
+    "Own minus random change of log P(answer) by category, with intervals."
+    from langneuron_mi.figures import dot_interval
+    s = self.summary()
+    s = (s if langs is None else s[s.lang.isin(list(langs))]).replace({"lang": {"all": "all languages"}})
+    return dot_interval(s, "difference", "low", "high", "lang", colour="category", reference=0., log=False,
+                        **dict(title=f"Answers under {self.op} of a category, against random neurons", x_title="change of log P(answer), own minus random, nats") | kwargs)
 
 # %% ../nbs/23_sharing.ipynb #0494cb94
 @patch
