@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.script import anno_parser
 
-# %% ../nbs/50_cli.ipynb #01007229
+# %% ../nbs/50_cli.ipynb #b16dd55e
 def _langs(text: str) -> list[str]:
     "Codes from a list with commas; each checked before anything heavy starts."
     from langneuron_mi.languages import language
@@ -24,12 +24,13 @@ def demo(
     out: str = "runs/demo", # folder for report, tables, figures, provenance
     langs: str = "en,de,fr,ru,zh,ja,ar,tr", # languages, with commas
     tokens: int = 3000, # per language, for finding the neurons
-    held_out_tokens: int = 500, # per language, for measuring
+    held_out_tokens: int = 252, # per language, for measuring
+    facts: int = 12, # asked in every language
 ):
-    "The main job on gemma-3-270m and Bible text: find, ablate, amplify, compare with random, report"
+    "The main job on gemma-3-270m and Bible text: find, ablate, amplify, compare with shared and random neurons, report"
     langs = _langs(langs)
     from langneuron_mi.comparison import Experiment
-    return _run_experiment(Experiment(langs=langs, tokens=tokens, held_out_tokens=held_out_tokens, out=out))
+    return _run_experiment(Experiment(langs=langs, tokens=tokens, held_out_tokens=held_out_tokens, facts=facts, out=out))
 
 def compare(
     experiment: str, # TOML file with fields of Experiment
@@ -40,7 +41,7 @@ def compare(
     return _run_experiment(read_experiment(experiment, **({"out": out} if out else {})))
 
 def _run_experiment(experiment) -> str:
-    "Run, report, and say in three sentences what came out."
+    "Run, report, and say in a few sentences what came out."
     import langneuron_mi.report  # gives results their sentences
     result = experiment.run()
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
