@@ -657,7 +657,7 @@ def category_contribution_figure(df: pd.DataFrame, # columns lang, layer, catego
     names = {"neurons": "of all neurons", "top": "of the top-k", "sum": "of the sum"}
     return _category_panels({label: d.assign(share=d[c]) for c, label in names.items()}, title if lang is None else f"{title}, {lang_name(lang)}", "share", "")
 
-# %% ../nbs/31_figures.ipynb #15ca0d55
+# %% ../nbs/31_figures.ipynb #1db1a1a1
 _NO_EFFECT = {"perplexity ratio": 1., "answer log-probability": 0., "LSS": .5}
 _UNITS = {"perplexity ratio": "perplexity ratio", "answer log-probability": "change of log P(answer), nats", "LSS": "share of facts shifted"}
 
@@ -669,18 +669,27 @@ def _selectivity_order(df: pd.DataFrame) -> list[str]:
     names = _unique(df.intervention)
     return sorted(names, key=lambda i: (i not in key, -key.get(i, 0), names.index(i)))
 
-def _effect_dots(d: pd.DataFrame, rows: list[str], which: str, name: str, i: int, shift: float, measure: str, edge: float) -> go.Scatter:
-    "The dots of one group in one panel; infinite ones at its edge."
+def _effect_dots(d: pd.DataFrame, rows: list[str], which: str, name: str, i: int, shift: float, measure: str, ends: tuple[float, float]) -> go.Scatter:
+    "The dots of one group in one panel; those beyond its ends stand there as arrows."
     d = d[d[which].notna()]
     v, low, high = (d[c].to_numpy(float) for c in (which, f"{which}_low", f"{which}_high"))
     hover = [f"{r.intervention}<br>{name}: <b>{_ratio_text(a) if measure == 'perplexity ratio' else f'{a:.2f}'}</b> [{b:.3g}, {c:.3g}]" +
              (f"<br>selectivity {r.selectivity:.2f}" if r.selectivity == r.selectivity else "") for r, a, b, c in zip(d.itertuples(), v, low, high)]
-    off = np.isposinf(v)
-    up, down = (np.nan_to_num(np.where(off, 0, x), posinf=0) for x in (high - np.where(off, 0, v), np.where(off, 0, v) - low))
-    return go.Scatter(x=np.where(off, edge, v), y=[rows.index(r) + shift for r in d.intervention], mode="markers", name=name, legendgroup=name, hovertext=hover, hoverinfo="text",
-        marker=dict(size=8, color=OKABE_ITO[i], symbol=np.where(off, "triangle-right", "circle")), error_x=dict(type="data", array=up, arrayminus=down, thickness=1.6, width=0))
+    x = v.clip(*ends)
+    symbol = np.select([v < ends[0], v > ends[1]], ["triangle-left", "triangle-right"], "circle")
+    up, down = (np.nan_to_num(np.where(x == v, b, 0)) for b in (high.clip(*ends) - x, x - low.clip(*ends)))
+    return go.Scatter(x=x, y=[rows.index(r) + shift for r in d.intervention], mode="markers", name=name, legendgroup=name, hovertext=hover, hoverinfo="text",
+        marker=dict(size=8, color=OKABE_ITO[i], symbol=symbol), error_x=dict(type="data", array=up, arrayminus=down, thickness=1.6, width=0))
 
-# %% ../nbs/31_figures.ipynb #d8546813
+def _effect_ends(d: pd.DataFrame, measure: str) -> tuple[float, float]:
+    "Where a panel ends: on a linear scale, interventions without a language of their own may not squeeze the others."
+    d = d if measure == "perplexity ratio" or d.own.isna().all() else d[d.own.notna()]
+    x = d[[f"{g}{e}" for g in _GROUPS for e in ("", "_low", "_high")]].to_numpy(float)
+    x = x[np.isfinite(x) & ((x > 0) | (measure != "perplexity ratio"))]
+    low, high = min(x, default=1.), max(x, default=1.)
+    return (low/1.15, high*1.15) if measure == "perplexity ratio" else (low - .08*(high - low) - .01, high + .08*(high - low) + .01)
+
+# %% ../nbs/31_figures.ipynb #a5cac635
 _GROUPS = {"own": "the neurons' own language", "others": "other languages"}
 
 def selectivity(df: pd.DataFrame, # columns intervention, measure, selectivity, and own, others with _low and _high; size (of the set) is written where given
@@ -694,11 +703,10 @@ def selectivity(df: pd.DataFrame, # columns intervention, measure, selectivity, 
     fig = make_subplots(1, k, horizontal_spacing=.04, subplot_titles=[str(m) for m in measures] if k > 1 else None)
     for j, m in enumerate(measures):
         d, axis = df[df.measure == m], dict(row=1, col=j + 1)
-        ends = d[[f"{g}{e}" for g in _GROUPS for e in ("", "_low", "_high")]].to_numpy(float)
-        edge = np.max(ends[np.isfinite(ends)], initial=1)*1.15
-        for i, (g, name) in enumerate(_GROUPS.items()): fig.add_trace(_effect_dots(d, rows, g, name, i, (i - .5)*.3, m, edge).update(showlegend=j == 0), **axis)
+        ends = _effect_ends(d, m)
+        for i, (g, name) in enumerate(_GROUPS.items()): fig.add_trace(_effect_dots(d, rows, g, name, i, (i - .5)*.3, m, ends).update(showlegend=j == 0), **axis)
         fig.add_vline(x=_NO_EFFECT.get(m, 0.), line=dict(color=FAINT, width=1, dash="dash"), **axis)
-        fig.update_xaxes(title_text=_UNITS.get(m, m), **(_log_ticks(ends) if m == "perplexity ratio" else {}), **axis)
+        fig.update_xaxes(title_text=_UNITS.get(m, m), **(_log_ticks(np.array(ends)) if m == "perplexity ratio" else {}), **axis)
     fig.update_annotations(font_size=14, yshift=3)
     fig.update_layout(template=TEMPLATE, title_text=title, height=tall + 170, margin=dict(t=56 + 24*(k > 1), b=110), legend=dict(orientation="h", x=0, yref="container", y=0, yanchor="bottom"))
     fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - .5, -.5], showticklabels=False)
