@@ -85,7 +85,7 @@ def parallel_prompts(source: str | Path = "cldr", # facts as for load_probes, a 
     facts = load_probes(source, codes, **({"revision": revision} if revision else {})).parallel(codes, n, seed)
     return Prompts(facts.prompts, facts.answers, name)
 
-# %% ../nbs/35_sharing_study.ipynb #5d3edb5e
+# %% ../nbs/35_sharing_study.ipynb #faeff84c
 @dataclass(frozen=True)
 class SharingStudy:
     "Which prompts are asked of which model, and what is measured."
@@ -99,6 +99,7 @@ class SharingStudy:
     token: str = "last" # or "any"
     top_k: int = 800 # neurons of a layer, for the share of the largest contributions
     effects: int = 8 # items on which categories are ablated, of each task; 0 = none
+    boost: float | int = 1.5 # on the same items, all-shared neurons are turned up by this factor; 0 = not
     controls: int = 2 # random sets per item and category
     among: str = "active" # random sets are drawn from "active" or from "all" neurons
     batch_size: int = 8 # prompts per forward pass
@@ -134,14 +135,15 @@ def read_sharing(path, # a TOML file with fields of `SharingStudy`; `models = [.
     out = Path(given.get("out", "runs/sharing"))
     return [SharingStudy(**given | dict(model=m, out=str(out/str(m).split("/")[-1]))) for m in models]
 
-# %% ../nbs/35_sharing_study.ipynb #51d02572
+# %% ../nbs/35_sharing_study.ipynb #5e5804c0
 @dataclass(frozen=True, eq=False, repr=False)
 class SharingResult:
     "Categories, contributions and effects."
     study: SharingStudy
     sharing: Sharing
     contribution: pd.DataFrame # model, lang, layer, category, neurons, top, sum, n; and task
-    effects: dict[str, CategoryEffect] # by task
+    effects: dict[str, CategoryEffect] # categories off, by task
+    boosted: dict[str, CategoryEffect] # all-shared neurons turned up, by task
     facts: dict # provenance
 
     def __repr__(self) -> str: return f"SharingResult({self.facts['model_id']}; {self.sharing!r})"
@@ -160,16 +162,16 @@ def _contribution(self: SharingStudy, model, task: str, p: Prompts, path: Path, 
     return _kept(path, pd.read_csv, make).assign(task=task)
 
 @patch
-def _effect(self: SharingStudy, model, p: Prompts, path: Path, progress: bool) -> CategoryEffect | None:
-    "Effects of taking categories away, where there are gold answers."
+def _effect(self: SharingStudy, model, p: Prompts, path: Path, progress: bool, **what) -> CategoryEffect | None: # categories and op
+    "Effects of an operation on categories, where there are gold answers."
     if not self.effects or p.answers is None: return None
     def make(path):
-        effect = category_effect(model, p.prompts, p.answers, controls=self.controls, among=self.among, seed=self.seed, theta=self.theta[0], token=self.token, batch_size=self.batch_size, progress=progress)
+        effect = category_effect(model, p.prompts, p.answers, **what, controls=self.controls, among=self.among, seed=self.seed, theta=self.theta[0], token=self.token, batch_size=self.batch_size, progress=progress)
         effect.save(path)
         return effect
     return _kept(path, CategoryEffect.load, make)
 
-# %% ../nbs/35_sharing_study.ipynb #39de7508
+# %% ../nbs/35_sharing_study.ipynb #9020c9f0
 @patch
 def run(self: SharingStudy,
         progress: bool = True, # bars on stderr
@@ -192,9 +194,13 @@ def run(self: SharingStudy,
     shared = _kept(out/f"sharing-{key(joined, labels, list(self.theta))}.safetensors", Sharing.load, make)
     parts = [self._contribution(model, t, p, out/f"contribution-{key(p.prompts, self.theta[0], self.top_k)}.csv", progress) for t, p in tasks.items()]
     few = {t: p.first(self.effects) for t, p in tasks.items()}
-    effects = {t: self._effect(model, p, out/f"effect-{key(p.prompts, p.answers, self.theta[0], self.controls, self.among, self.seed)}.safetensors", progress) for t, p in few.items()}
+    def effects(**what):
+        path = lambda p: out/f"effect-{key(p.prompts, p.answers, self.theta[0], self.controls, self.among, self.seed, what)}.safetensors"
+        found = {t: self._effect(model, p, path(p), progress, **what) for t, p in few.items()}
+        return {t: e for t, e in found.items() if e is not None}
+    off, up = effects(), effects(categories=CATEGORIES[:1], op=("amplify", self.boost)) if self.boost else {}
     facts = provenance(**v.describe(), study=self._config(), prompts={t: dict(source=p.source, n=len(p), fingerprint=fingerprint(p.prompts)) for t, p in tasks.items()})
-    result = SharingResult(self, shared, pd.concat(parts, ignore_index=True), {t: e for t, e in effects.items() if e is not None}, facts)
+    result = SharingResult(self, shared, pd.concat(parts, ignore_index=True), off, up, facts)
     if report: result.write(out)
     return result
 
@@ -204,12 +210,13 @@ def _config(self: SharingStudy) -> dict:
     plain = lambda x: list(x) if isinstance(x, tuple) else x if isinstance(x, (str, int, float, dict, type(None))) else f"<{type(x).__name__}>"
     return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
-# %% ../nbs/35_sharing_study.ipynb #6c2a2b15
+# %% ../nbs/35_sharing_study.ipynb #b7bb28ea
 @patch
 def tables(self: SharingResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables; `categories` has one row per task, threshold, layer and category."
     out = dict(categories=self.sharing.to_df(), contribution=self.contribution)
-    if self.effects: out["effects"] = pd.concat([e.summary().assign(task=t) for t, e in self.effects.items()], ignore_index=True)
+    found = [(t, e) for x in (self.effects, self.boosted) for t, e in x.items()]
+    if found: out["effects"] = pd.concat([e.summary().assign(task=t, op=e.op) for t, e in found], ignore_index=True)
     return out
 
 @patch
@@ -229,10 +236,10 @@ def sentences(self: SharingResult) -> list[str]:
     out = [f"{s.n_inputs} items in {len(s.langs)} languages were given to {f['model_id']}; at the {'last token' if s.token == 'last' else 'prompt'}, "
            + ", ".join(f"{x:.1%} {'of the neurons were ' if c == CATEGORIES[0] else ''}{c}" for c, x in share.items()) + ".",
            f"The all-shared neurons carried {part['all-shared']:.1%} of the sum of contributions |post|·‖W_out‖."]
-    for t, e in self.effects.items():
+    for t, e, done in [(t, e, "Without") for t, e in self.effects.items()] + [(t, e, f"With {self.study.boost:g} times") for t, e in self.boosted.items()]:
         d = e.summary().query("lang == 'all'").set_index("category").loc["all-shared"]
-        out.append(f"Without its all-shared neurons (mean {d.n_neurons:,.0f}), the log-probability of the gold answer changed by {d.own:+.2f} nats ({t}, {d.n:.0f} items); without random {self.study.among} ones by {d.random:+.2f}, "
-                   f"a difference of {d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}].")
+        out.append(f"{done} its all-shared neurons (mean {d.n_neurons:,.0f}), the log-probability of the gold answer changed by {d.own:+.2f} nats ({t}, {d.n:.0f} items); with the same done to random {self.study.among.replace('all', '').strip()} "
+                   f"neurons by {d.random:+.2f}, a difference of {d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}].".replace("  ", " "))
     return out
 
 # %% ../nbs/35_sharing_study.ipynb #139ff649

@@ -51,7 +51,7 @@ def test_sharing_study_preset_runs_on_tiny_bloom(bloom, tmp_path, capsys):
     t = pd.read_csv(tmp_path / "tables/categories.csv")
     assert set(t.task) == {"xnli", "facts"} and set(t.theta) == {0., .1, .2, .3, .4, .5} and set(t.n) == {2}
     effects = pd.read_csv(tmp_path / "tables/effects.csv")
-    assert set(effects.task) == {"xnli", "facts"} and np.isfinite(effects.difference).all()
+    assert set(effects.op) == {"ablate", "amplify by 1.5"} and set(effects.task) == {"xnli", "facts"} and np.isfinite(effects.difference).all()
     assert set(pd.read_csv(tmp_path / "tables/contribution.csv").lang) == set("en de es fr ru th tr vi zh".split())
 
 
@@ -73,7 +73,7 @@ def test_sharing_study_second_run_never_runs_the_model(bloom, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     SharingStudy(**{**study.__dict__, "controls": 2}).run(progress=False, report=False)
     new = [p.name for p in tmp_path.rglob("*") if p.is_file() and p not in kept]
-    assert len(new) == 1 and new[0].startswith("effect-")
+    assert len(new) == 2 and all(n.startswith("effect-") for n in new)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
 
 
