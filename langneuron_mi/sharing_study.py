@@ -56,7 +56,7 @@ def _xnli(langs: Sequence[str], n: int | None, revision: str | None) -> Prompts:
     return Prompts({l: [_XNLI_PROMPT.format(premise=r["premise"], hypothesis=r["hypothesis"]) for r in x] for l, x in rows.items()},
                    {l: [_XNLI_ANSWERS[r["label"]] for r in x] for l, x in rows.items()}, "xnli")
 
-# %% ../nbs/35_sharing_study.ipynb #1b5e222e
+# %% ../nbs/35_sharing_study.ipynb #de481e38
 def _is_lists(x) -> bool: return isinstance(x, dict) and len(x) > 0 and all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in x.values())
 
 def _from_json(path: Path, langs: Sequence[str] | None) -> Prompts:
@@ -72,7 +72,34 @@ def _from_json(path: Path, langs: Sequence[str] | None) -> Prompts:
     keep = lambda x: x if x is None or not langs else {l: x[l] for l in langs if l in x}
     return Prompts(keep(prompts), keep(answers), path.name)
 
-def parallel_prompts(source: str | Path = "cldr", # facts as for load_probes, a .json file, or "xnli"
+# %% ../nbs/35_sharing_study.ipynb #c0c20205
+_EDIT = "New Fact: {fact} {new}\nPrompt: {question}"
+
+def _edits(folder: Path) -> dict[str, list[dict]]: # by language, {"en": item, lang: item}
+    "The items of every language, which must be the same ones."
+    found = {}
+    for f in sorted(folder.glob("*en??.json")):
+        try: found[language(f.stem[-2:]).code] = [dict(en=r["en"], xx=r[f.stem[-2:]]) for r in json.loads(f.read_text(encoding="utf-8-sig"))]
+        except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{f} is no editing file ({e}); it is a list of {{"en": {{"src": question, "alt": new answer}}, "{f.stem[-2:]}": {{...}}}}') from None
+    if not found: raise ValueError(f"no editing files in {folder}: they are named ..._en{{lang}}.json, such as mzsre_test_duplicate_ende.json")
+    first, items = next(iter(found.items()))
+    for l, x in found.items():
+        if [r["en"]["src"] for r in x] != [r["en"]["src"] for r in items]: raise ValueError(f"{folder}: the English questions of {l} are not those of {first}, so the items are not parallel")
+    return {"en": [dict(en=r["en"], xx=r["en"]) for r in items]} | found
+
+def _mzsre(name: str, langs: Sequence[str] | None) -> Prompts:
+    "Editing prompts of a folder, `mzsre-en-xx:FOLDER` or `mzsre-xx-en:FOLDER`."
+    way, _, folder = name.partition(":")
+    if way not in ("mzsre-en-xx", "mzsre-xx-en"): raise ValueError(f"no direction {way!r}; there are mzsre-en-xx and mzsre-xx-en")
+    found, (said, asked) = _edits(Path(folder)), ("en", "xx") if way == "mzsre-en-xx" else ("xx", "en")
+    if missing := [l for l in langs or [] if l not in found]: raise ValueError(f"{folder} has no {', '.join(missing)}; it has {', '.join(found)}")
+    chosen = {l: found[l] for l in langs or found}
+    try: return Prompts({l: [_EDIT.format(fact=r[said]["src"], new=r[said]["alt"], question=r[asked]["src"]) for r in x] for l, x in chosen.items()},
+                        {l: [r[asked]["alt"] for r in x] for l, x in chosen.items()}, f"{way}:{Path(folder).name}")
+    except KeyError as e: raise ValueError(f"{folder}: an item has no {e}; each needs src (the question) and alt (the new answer)") from None
+
+# %% ../nbs/35_sharing_study.ipynb #2186e508
+def parallel_prompts(source: str | Path = "cldr", # facts as for load_probes, a .json file, "xnli", "mzsre-en-xx:FOLDER" or "mzsre-xx-en:FOLDER"
                      langs: Sequence[str] | None = None, # None = all of the source
                      n: int | None = None, # items; None = all
                      *, seed: int = 0, # of the draw of facts
@@ -81,11 +108,12 @@ def parallel_prompts(source: str | Path = "cldr", # facts as for load_probes, a 
     "The same items in every language."
     codes, name = [language(l).code for l in langs] if langs else None, str(source)
     if name == "xnli": return _xnli(codes or list(XNLI_LANGS), n, revision)
+    if name.startswith("mzsre"): return (p := _mzsre(name, codes)).first(len(p) if n is None else n)
     if name.endswith(".json"): return (p := _from_json(Path(name), codes)).first(len(p) if n is None else n)
     facts = load_probes(source, codes, **({"revision": revision} if revision else {})).parallel(codes, n, seed)
     return Prompts(facts.prompts, facts.answers, name)
 
-# %% ../nbs/35_sharing_study.ipynb #faeff84c
+# %% ../nbs/35_sharing_study.ipynb #7f9f4752
 @dataclass(frozen=True)
 class SharingStudy:
     "Which prompts are asked of which model, and what is measured."
@@ -115,7 +143,7 @@ class SharingStudy:
 
     @property
     def sources(self) -> dict[str, str]: # by task
-        return dict(self.tasks) if self.tasks else {Path(self.prompts).stem or "prompts": self.prompts}
+        return dict(self.tasks) if self.tasks else {Path(self.prompts).stem.partition(":")[0] or "prompts": self.prompts}
 
 # %% ../nbs/35_sharing_study.ipynb #cf2a4914
 def read_sharing(path, # a TOML file with fields of `SharingStudy`; `models = [...]` makes one study a model

@@ -123,3 +123,27 @@ def test_sharing_study_toml_is_checked(tmp_path):
 def test_sharing_study_facts_can_be_asked_in_every_language():
     p = parallel_prompts("cldr", ["en", "ja", "sw"], n=5)
     assert len(p) == 5 and {len(x) for x in [*p.prompts.values(), *p.answers.values()]} == {5} and len(p.first(2)) == 2
+
+
+def _edit_file(folder, lang, questions):
+    item = lambda l, q: dict(src=f"{q} {l}?", alt=f"{q}-{l}", rephrase="", loc="")
+    (folder / f"mzsre_test_en{lang}.json").write_text(json.dumps([{"en": item("en", q), lang: item(lang, q)} for q in questions]))
+
+
+def test_sharing_study_editing_prompts_state_in_one_language_and_ask_in_the_other(tmp_path):
+    _edit_file(tmp_path, "de", ["a", "b"]), _edit_file(tmp_path, "zh", ["a", "b"])
+    there, back = parallel_prompts(f"mzsre-en-xx:{tmp_path}"), parallel_prompts(f"mzsre-xx-en:{tmp_path}", ["zh", "en"], n=1)
+    assert set(there.prompts) == {"en", "de", "zh"} and len(there) == 2 and len(back) == 1
+    assert there.prompts["zh"][1] == "New Fact: b en? b-en\nPrompt: b zh?" and there.answers["zh"] == ["a-zh", "b-zh"]
+    assert back.prompts["zh"] == ["New Fact: a zh? a-zh\nPrompt: a en?"] and back.answers["zh"] == ["a-en"]
+
+
+def test_sharing_study_editing_files_that_are_not_parallel_are_refused(tmp_path):
+    _edit_file(tmp_path, "de", ["a", "b"]), _edit_file(tmp_path, "zh", ["b", "a"])
+    with pytest.raises(ValueError, match="not parallel"): parallel_prompts(f"mzsre-en-xx:{tmp_path}")
+    with pytest.raises(ValueError, match="no direction 'mzsre'"): parallel_prompts(f"mzsre:{tmp_path}")
+    with pytest.raises(ValueError, match="no editing files"): parallel_prompts(f"mzsre-en-xx:{tmp_path / 'none'}")
+    (tmp_path / "mzsre_test_enzh.json").write_text("[{}]")
+    with pytest.raises(ValueError, match="is no editing file"): parallel_prompts(f"mzsre-en-xx:{tmp_path}")
+    (tmp_path / "mzsre_test_enzh.json").unlink()
+    with pytest.raises(ValueError, match="has no fr; it has en, de"): parallel_prompts(f"mzsre-en-xx:{tmp_path}", ["fr", "de"])
