@@ -22,6 +22,7 @@ _names = {
     "sharing_study": ["SharingStudy"],
     "cards": ["browse", "neuron_card", "neuron_cards", "neuron_table"],
     "amplification": ["AmplificationStudy"],
+    "transfer": ["TransferStudy"],
     "report": ["write_report"],
     "testing": ["planted_model"],
 }
