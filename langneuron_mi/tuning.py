@@ -129,7 +129,7 @@ def _bos(tokenizer) -> int | None:
     first = tokenizer("a").input_ids[0]
     return first if first in tokenizer.all_special_ids and len(tokenizer("a").input_ids) > len(tokenizer("a", add_special_tokens=False).input_ids) else None
 
-# %% ../nbs/26_tuning.ipynb #12e8c0cc
+# %% ../nbs/26_tuning.ipynb #755cbd62
 def _check_rows(data, vocab: int, num_labels: int | None, pad: int | None, what: str) -> str: # fingerprint of the rows
     "Look at every row once."
     if not len(data): raise TuningError(f"{what} has no rows: there is nothing to tune on")
@@ -143,6 +143,8 @@ def _check_rows(data, vocab: int, num_labels: int | None, pad: int | None, what:
         if not ids.numel() or ids.min() < 0 or ids.max() >= vocab: raise TuningError(f"row {i} of {what} has token ids outside 0 to {vocab - 1}, or none: was another tokenizer used?")
         bad = (labels != -100) & ((labels < 0) | (labels >= top)) if num_labels is None else (labels < 0) | (labels >= top)
         if bad.any(): raise TuningError(f"row {i} of {what} has the label {int(labels[bad].flatten()[0])}; allowed are 0 to {top - 1}" + (", and -100 for what is not counted" if num_labels is None else ""))
+        if num_labels is not None and pad is not None and ids[-1] == pad:
+            raise TuningError(f"row {i} of {what} ends in the pad token {pad}, which the head takes for filling and not for the last real token; leave it out, or give the tokenizer another pad token")
         widths.add(len(ids))
         sha.update(ids.numpy().tobytes() + b"|" + labels.numpy().tobytes())
     if pad is None and (num_labels is not None or len(widths) > 1):

@@ -406,6 +406,7 @@ def test_tuning_lm_dataset_is_the_windows_text(tmp_path):
     (dict(labels=[0, 1]), dict(task_type="classification", num_labels=3), "one class per row"),
     (dict(input_ids=[5, 6], labels=[5, 6]), dict(no_pad=True), "no pad token"),
     (dict(labels=0), dict(task_type="classification", num_labels=3, no_pad=True), "no pad token"),
+    (dict(input_ids=[5, 6, 0], labels=0), dict(task_type="classification", num_labels=3), "row 1 of the dataset ends in the pad token 0"),
     (dict(), dict(task_type="classification"), "num_labels"),
     (dict(), dict(task_type="regression"), "no task_type"),
 ])
@@ -463,3 +464,15 @@ def test_tuning_plain_model_shares_or_copies_the_weights():
     where = {p.data_ptr() for p in view(model).hf.parameters()}
     assert all(p.data_ptr() in where for p in shared.parameters()) and not any(p.data_ptr() in where for p in copied.parameters())
     assert all(torch.equal(p, own[n]) for n, p in shared.named_parameters()) and not any(p.requires_grad for p in shared.parameters())
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tuning_classifier_of_every_architecture_has_the_body_and_a_new_head(arch):
+    model = loaded(arch)
+    head, again, other = (classifier(model, 4, pad_token_id=0, seed=s) for s in (0, 0, 1))
+    ids = torch.tensor([[1, 7, 8, 9], [1, 7, 8, 0]])
+    got = head(ids, attention_mask=(ids > 0).long()).logits
+    assert got.shape == (2, 4) and torch.equal(got, again(ids, attention_mask=(ids > 0).long()).logits)
+    assert not torch.allclose(got, other(ids, attention_mask=(ids > 0).long()).logits)
+    hidden = tiny_model(arch)[0].base_model(ids[1:, :3]).last_hidden_state[0, -1]
+    torch.testing.assert_close(got[1], head.score.weight @ hidden, atol=1e-4, rtol=1e-4)
