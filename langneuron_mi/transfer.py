@@ -153,7 +153,7 @@ def load(cls: TransferResult, path) -> TransferResult:
     return cls({tuple(k): t[f"u.{i}"].numpy() for i, k in enumerate(m["units"])}, {l: t[f"n.{l}"].numpy() for l in m["langs"]}, {(c, l): n for c, l, n in m["trainable"]},
                LanguageNeurons.load(path.with_name(f"{path.stem}-neurons.safetensors")), other, m["facts"])
 
-# %% ../nbs/38_transfer.ipynb #a94fa7a9
+# %% ../nbs/38_transfer.ipynb #b54dffea
 @patch
 def tables(self: TransferResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables."
@@ -188,9 +188,9 @@ def sentences(self: TransferResult) -> list[str]:
     for other in ("random", "attention"):
         d = self.compare(other)
         for _, r in d[d.condition.str.startswith("own") & ((d.lang == d.tuned_on) | (d.lang == "all")) & ~d.measure.isin(CATEGORIES[1:])].iterrows():
-            ratio, low, high = r.measure == "perplexity", *((r.low, r.high) if r.n_seeds > 1 else (r.low_items, r.high_items))
-            sure = low > (1 if ratio else 0) or high < (1 if ratio else 0)
-            out.append(f"{_first_up(condition_name(r.condition))} against {condition_name(other)}, {r.measure} of {'all languages' if r.lang == 'all' else lang_name(r.lang)}: {'×' if ratio else ''}{_in_words(r, '' if ratio else '+')}: {'a difference' if sure else 'no difference that the interval would show'}.")
+            ratio, ends = r.measure == "perplexity", [(r.low, r.high)]*(r.n_seeds > 1) + [(r.low_items, r.high_items)]
+            sure = all(low > ratio or high < ratio for low, high in ends)  # over seeds and over items
+            out.append(f"{_first_up(condition_name(r.condition))} against {condition_name(other)}, {r.measure} of {'all languages' if r.lang == 'all' else lang_name(r.lang)}: {'×' if ratio else ''}{_in_words(r, '' if ratio else '+')}: {'a difference' if sure else 'no difference that both intervals, over seeds and over items, would show'}.")
     for _, r in df[df.measure == "all-shared"].iterrows():
         out.append(f"{_first_up(condition_name(r.condition))}: share of all-shared neurons {r.before:.1%} -> {r.value:.1%} ({100*r.effect:+.2f} points).")
     return out
