@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Memory', 'meta_model', 'predict_memory', 'LiveBytes', 'dry_run_memory']
 
-# %% ../nbs/27_tuning_memory.ipynb #dee901b5
+# %% ../nbs/27_tuning_memory.ipynb #33f35253
+import copy
 import weakref
 from dataclasses import dataclass
 
@@ -42,13 +43,20 @@ def to_df(self: Memory) -> pd.DataFrame: # columns part, bytes, GB
 def _repr_markdown_(self: Memory) -> str:
     return "\n".join(["| part | GB |", "|---|---:|", *(f"| {r.part} | {r.GB:.2f} |" for r in self.to_df().itertuples())])
 
-# %% ../nbs/27_tuning_memory.ipynb #2ece64e3
+# %% ../nbs/27_tuning_memory.ipynb #34e62388
 def meta_model(hf_config, # a Hugging Face config, e.g. LlamaConfig(...) or AutoConfig.from_pretrained(id)
                dtype: str = "bfloat16", # "float32" or "bfloat16"
+               num_labels: int | None = None, # of a classification head in place of the vocabulary's
               ): # Hugging Face model whose tensors have shapes only
     "A model on the meta device: no download, no memory."
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"): return AutoModelForCausalLM.from_config(hf_config, dtype=getattr(torch, dtype))
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    cls, hf_config = AutoModelForCausalLM, copy.deepcopy(hf_config)
+    if num_labels is not None:
+        cls, hf_config.num_labels, hf_config.pad_token_id = AutoModelForSequenceClassification, num_labels, 0
+        hf_config.problem_type = "single_label_classification"
+    with torch.device("meta"): return cls.from_config(hf_config, dtype=getattr(torch, dtype))
+
+def _classifies(hf) -> bool: return hf.get_output_embeddings() is None
 
 # %% ../nbs/27_tuning_memory.ipynb #2ebf1c07
 def _kept_by_layer(hf, picked: dict, config: TuneConfig, w) -> int: # bytes per token
@@ -70,25 +78,24 @@ def _prefix(w) -> str: # of the last layer
     name = next(m.name for m in w.matrices if m.layer == w.n_layers - 1)
     return name[:name.index(f".{w.n_layers - 1}.")] + f".{w.n_layers - 1}"
 
-# %% ../nbs/27_tuning_memory.ipynb #c67f0b1b
+# %% ../nbs/27_tuning_memory.ipynb #4a000f58
 _moments = dict(adamw_torch=2, sgd=0, adafactor=0)
 
 def predict_memory(hf, # a Hugging Face model; on the meta device too
                    neurons: NeuronSet | None, # with mlp="neurons"
                    config: TuneConfig,
                    *, length: int = 256, # tokens of a row
-                   task_type: str = "lm", # or "classification": no table of logits
                   ) -> Memory:
     "Peak memory of a training step, by the formula."
     w, V = wiring(hf), hf.get_input_embeddings().num_embeddings
     picked = _picked(w, _chosen(w, neurons, config), config)
     c, N = 2 if config.dtype == "bfloat16" else 4, config.batch_size*length
-    embeddings = V*w.d_model*(1 if hf.config.get_text_config().tie_word_embeddings else 2)
+    embeddings = V*w.d_model*(1 if hf.config.get_text_config().tie_word_embeddings or _classifies(hf) else 2)
     weights = c*(embeddings + sum(m.n_in*m.n_out for m in w.matrices))
     allocated = count_parameters(w, neurons, config).allocated
     selections = sum(len(n)*(m.n_out if m.role == "in" else m.n_in) for m, n in picked.values() if config.full_rank and m.role != "attention")
     learned = 4*(allocated - selections)
-    layer, head = N*_kept_by_layer(hf, picked, config, w), 12*N*V if task_type == "lm" else 0
+    layer, head = N*_kept_by_layer(hf, picked, config, w), 0 if _classifies(hf) else 12*N*V
     kept = w.n_layers*(N*c*w.d_model if config.gradient_checkpointing else layer)
     at_layer = layer if config.gradient_checkpointing else 0
     return Memory(weights, 4*allocated, learned, _moments[config.optimizer]*learned, kept + max(head, at_layer))
@@ -118,7 +125,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(o, Tensor): self.add(o)
         return out
 
-# %% ../nbs/27_tuning_memory.ipynb #4b093af5
+# %% ../nbs/27_tuning_memory.ipynb #4d8b6c03
 class _Fused(torch.autograd.Function):
     "What a fused attention keeps, without its arithmetic."
     @staticmethod
@@ -138,9 +145,10 @@ def _shapes_only_attention(hf) -> None:
     "Let a meta model run the stand-in."
     from transformers import AttentionInterface
     AttentionInterface.register("langneuron_shapes", _fused)
-    hf.config._attn_implementation, hf.config.pad_token_id = "langneuron_shapes", None # no look at ids that have no values
+    hf.config._attn_implementation = "langneuron_shapes"
+    if not _classifies(hf): hf.config.pad_token_id = None # or it would look for pads among ids that have no values
 
-# %% ../nbs/27_tuning_memory.ipynb #4575f3fb
+# %% ../nbs/27_tuning_memory.ipynb #1cf2f27d
 def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one for each dry run
                    neurons: NeuronSet | None, # with mlp="neurons"
                    config: TuneConfig,
@@ -149,7 +157,7 @@ def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one f
     "Two training steps on shapes alone; the peak of the second, with the optimizer's state in place."
     from transformers.optimization import Adafactor
     _shapes_only_attention(hf)
-    model, live = attach(hf, neurons, config).train(), LiveBytes()
+    model, live = attach(hf, neurons, config, task_type="classification" if _classifies(hf) else "lm").train(), LiveBytes()
     if config.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     learned = [p for p in model.parameters() if p.requires_grad]
     size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
@@ -169,4 +177,4 @@ def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one f
 
 def _step(model, config: TuneConfig, length: int) -> None:
     ids = torch.zeros(config.batch_size, length, dtype=torch.long, device=next(model.parameters()).device)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    model(input_ids=ids, labels=ids[:, 0] if _classifies(model.base_model.model) else ids, use_cache=False).loss.backward()

@@ -27,6 +27,13 @@ def test_tuning_memory_of_llama_8b_within_15_percent_of_the_dry_run(checkpointin
     assert abs(said.total/dry.total - 1) < .15 and abs(said.activations/dry.activations - 1) < .15
 
 
+def test_tuning_memory_of_a_classifier_within_15_percent_of_the_dry_run():
+    config = TuneConfig(dtype="bfloat16", gradient_checkpointing=True, batch_size=4)
+    said, dry = both(lambda: meta_model(LlamaConfig(**LLAMA_8B), num_labels=3), first(143, (32, 14336)), config)
+    assert abs(dry.weights/2/(8_030_261_248 - 128256*4096) - 1) < 1e-5
+    assert abs(said.total/dry.total - 1) < .15 and abs(said.activations/dry.activations - 1) < .15
+
+
 def test_tuning_memory_of_mistral_nemo_within_15_percent_of_the_dry_run():
     config = TuneConfig(dtype="bfloat16", gradient_checkpointing=True, batch_size=4, rank=64)
     said, dry = both(lambda: meta_model(MistralConfig(**NEMO)), first(143, (40, 14336)), config, length=512)
@@ -73,7 +80,6 @@ def test_tuning_memory_grows_with_what_it_should():
     assert size(batch_size=16).activations == 2*size(batch_size=8).activations
     assert size(gradient_checkpointing=True).activations < size().activations
     assert size(optimizer="sgd").optimizer == 0 and size().optimizer == 2*size().gradients
-    assert predict_memory(hf, neurons, TuneConfig(dtype="bfloat16"), task_type="classification").activations < size().activations
 
 
 def test_tuning_memory_attach_on_meta_allocates_nothing():
