@@ -222,7 +222,7 @@ def hooks(self: ModelView,
             handle.hook.remove()
             p.fwd_hooks[:] = [h for h in p.fwd_hooks if h is not handle]
 
-# %% ../nbs/01_models.ipynb #e0db7811
+# %% ../nbs/01_models.ipynb #969aae19
 @patch
 @contextmanager
 def at(self: ModelView,
@@ -268,14 +268,16 @@ def _masked(module, ids: Tensor, mask: Tensor | None) -> dict:
 def logits(self: ModelView,
            ids: Int[Tensor, "batch pos"], # token ids
            attention_mask: Int[Tensor, "batch pos"] | None = None, # 1 = real token
-          ) -> Float[Tensor, "batch pos vocab"]: # in the model's dtype
+           keep: int = 0, # only of the last positions; 0 = of all
+          ) -> Float[Tensor, "batch kept vocab"]: # in the model's dtype
     "The model's own logits."
     ids = ids.to(self.device)
     if self.prompt is None and attention_mask is not None:
-        with self.at(_ends(attention_mask)): return self.logits(ids, attention_mask)
+        with self.at(_ends(attention_mask)): return self.logits(ids, attention_mask, keep)
     if self.is_bridge and hasattr(self.hf, "base_model"):
-        return self.hf(ids, use_cache=False, **_masked(self.hf, ids, attention_mask)).logits
-    return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")
+        few = dict(logits_to_keep=keep) if "logits_to_keep" in inspect.signature(self.hf.forward).parameters else {}
+        return self.hf(ids, use_cache=False, **few, **_masked(self.hf, ids, attention_mask)).logits[:, -keep:]
+    return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")[:, -keep:]
 
 # %% ../nbs/01_models.ipynb #a465de01
 @patch

@@ -135,3 +135,13 @@ def test_models_from_a_folder(tmp_path):
     v = view(load_model(str(tmp_path)))
     torch.testing.assert_close(v.logits(ids), want, atol=1e-5, rtol=1e-5)
     assert v.fingerprint == view(load_model(hf, tokenizer=tok)).fingerprint
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "bloom"])
+def test_models_last_logits_are_those_of_all_positions(arch):
+    hf, tok = tiny_model(arch)
+    v = view(load_model(hf, tokenizer=tok))
+    ids, mask = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :4] = 0
+    whole, last = v.logits(ids, mask), v.logits(ids, mask, keep=2)
+    assert last.shape[1] == 2 and torch.allclose(whole[:, -2:], last, atol=1e-6)
