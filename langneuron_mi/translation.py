@@ -204,7 +204,7 @@ def _check_room(v: ModelView, prompts: list[str], ids: Sequence[str], max_new_to
                          "give fewer shots, a lower max_new_tokens, or leave the sentence out")
     return sizes
 
-# %% ../nbs/27_translation.ipynb #5e7a5b75
+# %% ../nbs/27_translation.ipynb #117b015d
 class _Kept:
     "Translations on disk, by the content of their prompt."
     def __init__(self, out, v: ModelView, intervention: Intervention, pairs: Pairs, max_new_tokens: int):
@@ -233,6 +233,8 @@ class Translations:
     def references(self) -> list[str]: return self.df.reference.tolist()
     @property
     def hypotheses(self) -> list[str]: return self.df.hypothesis.tolist()
+    @functools.cached_property
+    def _judged(self) -> pd.DataFrame: return _judged(self)
     def __len__(self) -> int: return len(self.df)
     def __repr__(self) -> str: return f"Translations({self.src} → {self.tgt}, {len(self)} sentences, {self.provenance.get('intervention', 'none')})"
 
@@ -307,25 +309,31 @@ def _interval(score, n: int, n_boot: int, seed: int) -> Estimate:
     each = lambda rows, axis=-1: np.apply_along_axis(lambda r: score(r.astype(int)), -1, np.asarray(rows))
     return _bootstrap(each, [np.arange(n, dtype=float)], n_boot, .95, seed)
 
-# %% ../nbs/27_translation.ipynb #c7326ac4
+# %% ../nbs/27_translation.ipynb #e9c29301
 def is_copy(hypothesis: str, source: str, reference: str = "", # a reference that is a copy itself makes the copy right
             share: float = .9, # of equal letters
            ) -> bool:
     "Is the output the source, give or take a letter?"
     bare = lambda t: "".join(c for c in t.casefold() if c.isalnum())
-    def near(a: str, b: str) -> bool: return bool(a) and difflib.SequenceMatcher(None, a, b, autojunk=False).ratio() >= share
+    def near(a: str, b: str) -> bool:
+        m = difflib.SequenceMatcher(None, a, b, autojunk=False)
+        return bool(a) and m.real_quick_ratio() >= share and m.quick_ratio() >= share and m.ratio() >= share  # the first two are upper bounds, and fast
     h, s, r = bare(hypothesis), bare(source), bare(reference)
     return near(h, s) and not near(r, s)
+
+def _judged(t: Translations) -> pd.DataFrame:
+    "Every sentence with its chrF++ and its kind."
+    from sacrebleu.metrics import CHRF
+    one, d = CHRF(word_order=2), t.df
+    found = [identify(h) for h in d.hypothesis]
+    d = d.assign(chrf=[one.sentence_score(h, [r]).score for h, r in zip(d.hypothesis, d.reference)], identified=found, in_target=[f == counts_as(t.tgt) for f in found],
+                 in_source=[f == counts_as(t.src) for f in found], copied=[is_copy(h, s, r) for h, s, r in zip(d.hypothesis, d.source, d.reference)], empty=d.hypothesis == "")
+    return d.assign(untranslated=d.copied | d.in_source)
 
 @patch
 def to_df(self: Translations) -> pd.DataFrame: # id, source, reference, hypothesis, cut, chrf, identified, in_target, in_source, copied, untranslated, empty
     "Every sentence with its own chrF++ and what kind of output it is."
-    from sacrebleu.metrics import CHRF
-    one, d = CHRF(word_order=2), self.df
-    found = [identify(h) for h in d.hypothesis]
-    d = d.assign(chrf=[one.sentence_score(h, [r]).score for h, r in zip(d.hypothesis, d.reference)], identified=found, in_target=[f == counts_as(self.tgt) for f in found],
-                 in_source=[f == counts_as(self.src) for f in found], copied=[is_copy(h, s, r) for h, s, r in zip(d.hypothesis, d.source, d.reference)], empty=d.hypothesis == "")
-    return d.assign(untranslated=d.copied | d.in_source)
+    return self._judged.copy()
 
 # %% ../nbs/27_translation.ipynb #6e5503f4
 _SHARES = ("in_target", "untranslated", "copied", "empty", "cut")
@@ -414,7 +422,7 @@ def load(cls: Translations, path: str | Path) -> Translations:
     "Read what `save` wrote."
     return _from_plain(load_artifact(path, "translations")[1])
 
-# %% ../nbs/27_translation.ipynb #b9e60df3
+# %% ../nbs/27_translation.ipynb #ef6fd828
 @patch
 def plot(self: Translations, title: str | None = None):
     "How many sentences reach which chrF++, by the kind of output."
@@ -423,7 +431,7 @@ def plot(self: Translations, title: str | None = None):
     d = self.to_df()
     kind = np.select([d["empty"], d.untranslated, d.in_target], ["empty", "untranslated", f"in {lang_name(self.tgt)}"], "in another language")
     kinds = [f"in {lang_name(self.tgt)}", "untranslated", "in another language", "empty"]
-    fig = go.Figure([go.Histogram(x=d.chrf[kind == k], name=f"{k} ({(kind == k).sum()})", xbins=dict(start=0, end=100.01, size=5), marker_color=c) for k, c in zip(kinds, OKABE_ITO)])
+    fig = go.Figure([go.Histogram(x=d.chrf[kind == k].clip(upper=99.99), name=f"{k} ({(kind == k).sum()})", xbins=dict(start=0, end=100, size=5), marker_color=c) for k, c in zip(kinds, OKABE_ITO)])
     fig.update_layout(template=TEMPLATE, barmode="stack", height=360, bargap=.05, title_text=title or f"{lang_name(self.src)} to {lang_name(self.tgt)}: {self.provenance.get('intervention', 'none')}",
                       legend=dict(orientation="h", x=0, y=1, yanchor="bottom"), margin_t=84, showlegend=True)
     fig.update_xaxes(title_text="chrF++ of a sentence", range=[0, 100])

@@ -82,10 +82,16 @@ def translation_table(model, # a hooked model
     facts = dict(factor=intervention if isinstance(intervention, str) else getattr(intervention, "__name__", "function"), seed=seed, neurons=getattr(neurons, "fingerprint", None), pairs=pairs.fingerprint)
     return TranslationTable(runs, {l: len(s) for l, s in neurons.items()}, provenance(**view(model).describe()) | facts)
 
-# %% ../nbs/29_translation_matrix.ipynb #e1f64e69
+# %% ../nbs/29_translation_matrix.ipynb #288546d2
 @patch
 def to_df(self: TranslationTable, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # tgt, kind, neurons_of, n_neurons, metric, value, low, high, change, change_low, change_high, p, n, signature, note
     "One row a target, intervention and metric: the score, and its change against no intervention."
+    kept = self.__dict__.setdefault("_tables", {})  # resampling takes seconds where there are a thousand sentences
+    if (n_boot, seed) not in kept: kept[n_boot, seed] = _table(self, n_boot, seed)
+    return kept[n_boot, seed].copy()
+
+def _table(self: TranslationTable, n_boot: int, seed: int) -> pd.DataFrame:
+    "Scores and changes of all translations."
     parts = []
     for (t, kind, l), run in self.runs.items():
         s = run.scores(n_boot=n_boot, seed=seed)
