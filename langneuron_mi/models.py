@@ -370,7 +370,7 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     if x.shape[-1] != v.d_mlp:
         raise ModelError(f"hook {v.hook_name(layer, kind)} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
 
-# %% ../nbs/01_models.ipynb #d7b3031c
+# %% ../nbs/01_models.ipynb #9e3b99f4
 _facts = weakref.WeakKeyDictionary()  # model object -> what load_model knows about its origin
 
 def load_model(source, # bundled name, hub id, folder, Hugging Face model, HookedTransformer or TransformerBridge
@@ -387,7 +387,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
         raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
     if _is_lens(source):
         if tokenizer is not None: raise ModelError("a TransformerLens model has its own tokenizer; set model.tokenizer instead of passing tokenizer=")
-        model, name = source, _lens_name(source)
+        model, name = source, view(source).model_id # a model that was loaded here keeps its name
     elif isinstance(source, torch.nn.Module):
         if tokenizer is None: raise ModelError(f"a {type(source).__name__} object comes without its tokenizer; pass tokenizer=")
         name = getattr(source.config, "_name_or_path", "") or type(source).__name__

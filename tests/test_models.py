@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from langneuron_mi import models
 from langneuron_mi.models import ModelError, load_model, view
 from langneuron_mi.testing import tiny_model
 
@@ -145,3 +146,12 @@ def test_models_last_logits_are_those_of_all_positions(arch):
     mask[0, :4] = 0
     whole, last = v.logits(ids, mask), v.logits(ids, mask, keep=2)
     assert last.shape[1] == 2 and torch.allclose(whole[:, -2:], last, atol=1e-6)
+
+
+def test_models_a_loaded_model_keeps_its_name_when_it_is_loaded_again(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    hf.save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    monkeypatch.setitem(models._bundled, "toy", dict(id="toy-dequantised"))
+    monkeypatch.setattr(models, "bundled_folder", lambda name: tmp_path)
+    model = load_model("toy")
+    assert view(model).model_id == view(load_model(model)).model_id == "toy-dequantised"
