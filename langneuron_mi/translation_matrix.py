@@ -82,7 +82,7 @@ def translation_table(model, # a hooked model
     facts = dict(factor=intervention if isinstance(intervention, str) else getattr(intervention, "__name__", "function"), seed=seed, neurons=getattr(neurons, "fingerprint", None), pairs=pairs.fingerprint)
     return TranslationTable(runs, {l: len(s) for l, s in neurons.items()}, provenance(**view(model).describe()) | facts)
 
-# %% ../nbs/29_translation_matrix.ipynb #288546d2
+# %% ../nbs/29_translation_matrix.ipynb #70fb3a64
 @patch
 def to_df(self: TranslationTable, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # tgt, kind, neurons_of, n_neurons, metric, value, low, high, change, change_low, change_high, p, n, signature, note
     "One row a target, intervention and metric: the score, and its change against no intervention."
@@ -102,6 +102,7 @@ def _table(self: TranslationTable, n_boot: int, seed: int) -> pd.DataFrame:
     cols = ["tgt", "kind", "neurons_of", "n_neurons", "metric", "value", "low", "high", "change", "change_low", "change_high", "p", "n", "signature", "note"]
     return pd.concat(parts, ignore_index=True).reindex(columns=cols)
 
+# %% ../nbs/29_translation_matrix.ipynb #6a7e3c52
 @patch
 def summary(self: TranslationTable, n_boot: int = 1000) -> pd.DataFrame: # tgt, kind, neurons_of, chrF++, change, low, high, p, BLEU, in_target, untranslated, empty, cut
     "One row a target and intervention."
@@ -122,6 +123,7 @@ def plot(self: TranslationTable, metric: str = "chrF++", # or BLEU, in_target, u
     return dot_interval(d.assign(neurons=kind), "change", "change_low", "change_high", "tgt", "neurons", reference=0, log=False,
                         title=f"Translation under {self.provenance.get('factor', 'an intervention')}", x_title=f"change of {metric} against no intervention")
 
+# %% ../nbs/29_translation_matrix.ipynb #4175014a
 @patch
 def save(self: TranslationTable, path: str | Path) -> Path:
     "Write every translation (atomically)."
