@@ -20,6 +20,8 @@ _names = {
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "neuron_lora": ["TuneConfig"],
     "tuning": ["Tuned", "lm_dataset", "tune"],
+    "translation": ["load_pairs", "translate"],
+    "translation_matrix": ["translation_table"],
     "comparison": ["Experiment", "read_experiment"],
     "sharing_study": ["SharingStudy"],
     "cards": ["browse", "neuron_card", "neuron_cards", "neuron_table"],
