@@ -16,6 +16,8 @@ _names = {
     "generation": ["generate_texts"],
     "probes": ["load_probes"],
     "steering": ["Steering", "lss"],
+    "tasks": ["TaskResults", "evaluate"],
+    "task_matrix": ["TaskMatrix", "task_matrix"],
     "comparison": ["Experiment", "read_experiment"],
     "amplification": ["AmplificationStudy"],
     "report": ["write_report"],

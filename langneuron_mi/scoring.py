@@ -110,13 +110,13 @@ def _run_whole(v: ModelView, rows: list[Row]) -> _Points:
         for pos in range(r.start, len(r.ids)): points.add(logits[i, gap[i] + pos], [r], pos)
     return points
 
-# %% ../nbs/16_scoring.ipynb #a33105e3
+# %% ../nbs/16_scoring.ipynb #412ffc82
 def _window(v: ModelView) -> int:
     "Tokens that every layer's cache keeps."
     return min([int(w) for w in [getattr(v.hf.config, "sliding_window", None)] if w] + [1 << 60])
 
-def _unique(pairs: list, max_length: int, placed: bool) -> tuple[list[Row], list[tuple[Row, list[int]]]]:
-    "A row for each pair, by number of the unique row it is part of, and those unique rows."
+def _unique(pairs: list, max_length: int, placed: bool) -> tuple[list[Row], list[Row]]:
+    "A row for each pair, numbered by its input, and every input once, with all positions that its pairs score."
     numbers, rows, whole = {}, [], {}
     for context, continuation in pairs:
         r = _row(context, continuation, max_length)

@@ -4,17 +4,24 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'TaskError', 'need_lm_eval', 'squad_rows', 'read_rows', 'find_files', 'local_config', 'task_names',
-           'load_tasks', 'task_lang']
+           'compute_exact', 'compute_f1', 'load_tasks', 'task_lang']
 
-# %% ../nbs/19_task_data.ipynb #1a411bdc
+# %% ../nbs/19_task_data.ipynb #711392c2
 import functools
+import importlib
+import importlib.util
 import json
 import logging
+import re
+import string
+import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
+from types import ModuleType
 
 from .languages import UnknownLanguage, language
 
@@ -62,7 +69,7 @@ def _json_rows(x) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise ValueError("it holds no list of objects")
     return squad_rows(rows) if rows and "paragraphs" in rows[0] else rows
 
-# %% ../nbs/19_task_data.ipynb #ec103aeb
+# %% ../nbs/19_task_data.ipynb #f6f976fe
 _SPLITS = {"validation": ("validation", "val", "dev", "valid"), "train": ("train", "training"), "test": ("test",)}
 
 def _names(task: str, config: Mapping) -> tuple[list[str], list[str]]:
@@ -75,7 +82,7 @@ def _names(task: str, config: Mapping) -> tuple[list[str], list[str]]:
 def _patterns(task: str, config: Mapping, split: str | None) -> list[str]:
     "Glob patterns below the data folder, best first; without a split, those of a file that tells none."
     folders, parts = _names(task, config)
-    if split is None: inside = [p for part in parts for p in (part, f"{part}/data")]
+    if split is None: inside = parts
     else: inside = [p for s in _SPLITS.get(split, (split,)) for part in parts for p in (f"{s}.{part}", f"{part}.{s}", f"{s}_{part}", f"{part}_{s}", f"{part}/{s}", f"{part}/{s}-*-of-*")]
     own = [] if split is None else [f"{task}/{s}" for s in _SPLITS.get(split, (split,))]
     return [*own, *(f"{f}/{p}" for f in folders for p in inside), *inside] + ([] if split else [task])
@@ -133,14 +140,7 @@ def local_config(task: str, # name of a task
     gone = {k: None for k in ("training_split", "validation_split", "test_split", "fewshot_split") if config.get(k) and config[k] not in files}
     return gone | dict(custom_dataset=lambda **_: data)
 
-# %% ../nbs/19_task_data.ipynb #3bb0eb8d
-@functools.cache
-def _manager(folder: Path | None = None):
-    "lm-eval's index of everything, or of one folder of tasks."
-    need_lm_eval()
-    from lm_eval.tasks import TaskManager
-    with _quiet(): return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
-
+# %% ../nbs/19_task_data.ipynb #645a0e75
 @contextmanager
 def _quiet():
     "lm-eval's notices aside: what matters is said by us."
@@ -150,32 +150,48 @@ def _quiet():
     try: yield
     finally: logger.setLevel(level)
 
-def _entry(name: str):
-    "lm-eval's entry of a name, and the manager that holds it."
-    from lm_eval.tasks._index import Kind, TaskIndex
-    if name.endswith((".yaml", ".yml")):
-        if (e := TaskIndex.entry_from_path(Path(name))) is None: raise TaskError(f"no task file {name}")
-        return e, _manager(Path(name).resolve().parent)
-    home = Path(need_lm_eval().__file__).parent/"tasks"
-    for folder in sorted((f for f in home.iterdir() if f.is_dir() and name.startswith(f.name)), key=lambda f: -len(f.name)):
-        e = _manager(folder).task_index.get(name)
-        if e is not None and e.kind in (Kind.TASK, Kind.PY_TASK): return e, _manager(folder)
-    if (e := _manager().task_index.get(name)) is None:
-        near = get_close_matches(name, _manager().all_tasks, 3, .6)
-        raise TaskError(f"no task {name!r}; " + (f"did you mean {' or '.join(map(repr, near))}? " if near else "") + f"lm-eval has {len(_manager().all_tasks):,}; `lm-eval ls tasks` lists them")
-    return e, _manager()
+@functools.cache
+def _listed() -> dict[str, dict[str, Path]]: # "task", "group" and "tag": {name: a file that says so}
+    "Names in lm-eval's task files."
+    line = re.compile(r"^(task|group|tag)[ \t]*:[ \t]*(?:['\"]?([^\s'\"#\[\]{}]+)|\[([^\]]*)\]|((?:\s*\n[ \t]*-[^\n]*)+))", re.M)
+    names = dict(task={}, group={}, tag={})
+    for p in sorted((Path(need_lm_eval().__file__).parent/"tasks").rglob("*yaml")):
+        for kind, one, inline, lines in line.findall(p.read_text(encoding="utf-8", errors="replace")):
+            several = re.findall(r"[\w.-]+", inline or lines) if kind == "tag" else []
+            for name in [one] if one else several: names[kind].setdefault(name, p)
+    return names
 
-# %% ../nbs/19_task_data.ipynb #36ffeaab
+@functools.cache
+def _manager(everything: bool = False):
+    "lm-eval's task manager, with its index of everything where a tag asks for it."
+    from lm_eval.tasks import TaskManager
+    with _quiet(): return TaskManager(include_defaults=everything)
+
+def _entry(name: str):
+    "lm-eval's entry of a task, group or tag, or of a task file."
+    from lm_eval.tasks._index import TaskIndex
+    listed, is_file = _listed(), name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else listed["task"].get(name) or listed["group"].get(name)
+    if path is not None and (e := TaskIndex.entry_from_path(path)) is not None: return e
+    if is_file: raise TaskError(f"no task file {name}")
+    if name in listed["tag"] and (e := _manager(True).task_index.get(name)) is not None: return e
+    every = sorted({n for names in listed.values() for n in names})
+    near = get_close_matches(name, every, 3, .6)
+    raise TaskError(f"no task {name!r}; " + (f"did you mean {' or '.join(map(repr, near))}? " if near else "") + f"lm-eval has {len(listed['task']):,}: `lm-eval ls tasks` lists them")
+
+# %% ../nbs/19_task_data.ipynb #d2df3540
 def _leaves(name: str, over: Mapping) -> list[tuple]:
-    "(manager, name, overrides) of every task behind a name."
+    "(entry, overrides) of every task behind a name."
     from lm_eval.tasks._index import Kind
     from lm_eval.tasks._yaml_loader import load_yaml
-    e, manager = _entry(name)
+    if any(c in name for c in "*?["):
+        if not (hits := [t for t in sorted(_listed()["task"]) if fnmatch(t, name)]): raise TaskError(f"no task matches {name!r}; `lm-eval ls tasks` lists all")
+        return [x for t in hits for x in _leaves(t, over)]
+    e = _entry(name)
     if e.kind is Kind.TAG: return [x for t in sorted(e.tags) for x in _leaves(t, over)]
-    if e.kind is not Kind.GROUP: return [(manager, name, dict(over))]
-    config = e.cfg or load_yaml(e.yaml_path, resolve_func=False)
-    out = []
-    for child in config["task"] if isinstance(config["task"], list) else [config["task"]]:
+    if e.kind is not Kind.GROUP: return [(e, dict(over))]
+    children, out = load_yaml(e.yaml_path, resolve_func=False)["task"], []
+    for child in children if isinstance(children, list) else [children]:
         child = dict(task=child) if isinstance(child, str) else child
         below = child.get("task", child.get("group"))
         if not isinstance(below, str): raise TaskError(f"the group {name!r} defines tasks inside itself; name the tasks one by one")
@@ -185,20 +201,40 @@ def _leaves(name: str, over: Mapping) -> list[tuple]:
 def task_names(names: str | Iterable[str], # tasks, groups, tags, patterns with *, or task files (.yaml)
               ) -> list[str]: # tasks
     "The tasks behind names."
-    names = [names] if isinstance(names, str) else list(names)
-    return list(dict.fromkeys(leaf for name in names for _, leaf, _ in _all_leaves(name)))
+    return list(dict.fromkeys(e.name for name in ([names] if isinstance(names, str) else names) for e, _ in _leaves(name, {})))
 
-def _all_leaves(name: str) -> list[tuple]:
-    "As `_leaves`, with patterns."
-    if not any(c in name for c in "*?["): return _leaves(name, {})
-    hits = [t for t in _manager().all_subtasks if fnmatch(t, name)]
-    if not hits: raise TaskError(f"no task matches {name!r}; `lm-eval ls tasks` lists all")
-    return [x for t in hits for x in _leaves(t, {})]
+# %% ../nbs/19_task_data.ipynb #c48600e7
+def _words(answer: str) -> list[str]:
+    "Words of an answer as SQuAD compares them."
+    kept = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
 
-# %% ../nbs/19_task_data.ipynb #ee83cb0d
+def compute_exact(gold: str, answer: str) -> int: # 0 or 1
+    "SQuAD's exact match."
+    return int(_words(gold) == _words(answer))
+
+def compute_f1(gold: str, answer: str) -> float | int: # 0 to 1
+    "SQuAD's F1 over words."
+    a, b = _words(gold), _words(answer)
+    if not a or not b: return int(a == b)
+    same = sum((Counter(a) & Counter(b)).values())
+    return 2*same/(len(a) + len(b))
+
+def _squad_metrics() -> None:
+    "Put these in the place of the module that transformers had."
+    name = "transformers.data.metrics"
+    if name in sys.modules or importlib.util.find_spec(name) is not None: return
+    package, module = ModuleType(name), ModuleType(f"{name}.squad_metrics")
+    module.compute_exact, module.compute_f1, package.squad_metrics = compute_exact, compute_f1, module
+    sys.modules |= {name: package, f"{name}.squad_metrics": module}
+    importlib.import_module("transformers.data").metrics = package
+
+# %% ../nbs/19_task_data.ipynb #89e38419
 def _cannot_load(task: str, config: Mapping, e: Exception, local: bool) -> TaskError:
     "One clear line for data that cannot be had."
     what, said = config.get("dataset_path"), (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+    if local and isinstance(e, IndexError): return TaskError(f"the local files hold no items for the task {task!r}: its own filter of rows leaves none")
+    if isinstance(e, ImportError): return TaskError(f"the task {task!r} needs a module that is not there: {said}")
     if local: return TaskError(f"the local files of {task!r} do not have its schema ({type(e).__name__}: {said}); they need the columns that {what!r} has on the hub")
     if "gated" in str(e).lower() or type(e).__name__ == "GatedRepoError":
         return TaskError(f"{what!r}, the data of the task {task!r}, is gated: accept its terms at https://huggingface.co/datasets/{what}, run `hf auth login`, and call again; "
@@ -211,10 +247,10 @@ def load_tasks(names: str | Iterable[str], # tasks, groups, tags, patterns with 
               ) -> dict: # {name: lm-eval Task}
     "lm-eval's tasks, with their data."
     from lm_eval.tasks._yaml_loader import load_yaml
-    names, out = [names] if isinstance(names, str) else list(names), {}
-    for manager, name, over in [leaf for n in names for leaf in _all_leaves(n)]:
-        entry = _entry(name)[0]
-        config = {**(load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}), **over}
+    _squad_metrics()
+    out, manager = {}, _manager()
+    for entry, over in [leaf for n in ([names] if isinstance(names, str) else names) for leaf in _leaves(n, {})]:
+        config = {**load_yaml(entry.yaml_path, resolve_func=False), **over}
         files = _given_files(entry.name, config, data_dir)
         fixed = config.get("num_fewshot") == 0  # a task that says 0 means it
         shots = None if fixed else num_fewshot

@@ -56,7 +56,7 @@ class Kept:
 
 def _key(kind: str, *parts) -> str: return fingerprint(kind, *(np.array(p, dtype=np.int64) if isinstance(p, list) else p for p in parts))
 
-# %% ../nbs/25_tasks.ipynb #f9b5eda2
+# %% ../nbs/25_tasks.ipynb #34d0c26c
 def chosen(neurons: str, # file of language neurons
            lang: str, # whose neurons
            edit: str = "ablate", # or a factor: x2, =0, p_max, +mean ...
@@ -98,6 +98,7 @@ class LangNeuronLM(TemplateLM):
         self.kept = Kept(None if cache is None else Path(cache)/fingerprint(self.view.describe(), self.intervention.fingerprint, self.max_length), about)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]: return _encode(self, string, add_special_tokens)
+    def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]: return super().loglikelihood(requests, disable_tqdm=True)
     def _loglikelihood_tokens(self, requests: list, **kwargs) -> list[tuple[float, bool]]: return _likelihoods(self, requests)
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]: return _rolling(self, requests)
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]: return _texts(self, requests)
@@ -278,7 +279,7 @@ def _run_task(lm: LangNeuronLM, name: str, task, limit: int | None) -> tuple[lis
     if cut := lm.truncated - before: warnings.warn(f"{name}: {cut} requests are longer than the context of {lm.max_length} tokens and were cut from the left, as lm-eval does", stacklevel=3)
     return _frames(name, task, found, cut)
 
-# %% ../nbs/25_tasks.ipynb #77ce3a4f
+# %% ../nbs/25_tasks.ipynb #d0d68267
 def evaluate(model, # a hooked model
              tasks, # names of lm-eval tasks, groups or tags, or {name: Task} from load_tasks
              intervention: Intervention | None = None, # None: the model as it is
@@ -293,12 +294,12 @@ def evaluate(model, # a hooked model
     "Run lm-eval tasks on a model, under an intervention."
     v = view(model)
     v.untouched("an evaluation")
-    if limit is not None and (limit < 1 or int(limit) != limit): raise TaskError(f"limit is a number of items, 1 or more; got {limit}")
+    if limit is not None and limit < 1: raise TaskError(f"limit is a number of items, 1 or more; got {limit}")
     loaded = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks, data_dir, num_fewshot)
     lm = LangNeuronLM(v, intervention, batch_size=batch_size, max_length=max_length, cache=cache)
     lm.progress, metrics, items, start = progress, [], [], time.perf_counter()
     for name, task in loaded.items():
-        m, rows = _run_task(lm, name, task, None if limit is None else int(limit))
+        m, rows = _run_task(lm, name, task, limit)
         metrics, items = metrics + m, items + rows
     facts = provenance(**v.describe(), intervention=lm.intervention.name, edits=lm.intervention.fingerprint, limit=limit, max_length=lm.max_length, lm_eval=_lm_eval_version(),
                        tasks={n: dict(version=t.VERSION, num_fewshot=t.get_config("num_fewshot"), dataset=f"{t.get_config('dataset_path')} {t.get_config('dataset_name') or ''}".strip(),
