@@ -17,7 +17,7 @@ _names = {
     "probes": ["load_probes"],
     "steering": ["Steering", "lss"],
     "tasks": ["TaskResults", "evaluate"],
-    "task_matrix": ["TaskMatrix", "task_matrix"],
+    "task_matrix": ["TaskMatrix", "evaluate_matrix"],
     "sharing": ["Sharing", "category_effect", "sharing"],
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "comparison": ["Experiment", "read_experiment"],
