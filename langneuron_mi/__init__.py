@@ -16,6 +16,8 @@ _names = {
     "generation": ["generate_texts"],
     "probes": ["load_probes"],
     "steering": ["Steering", "lss"],
+    "tasks": ["TaskResults", "evaluate"],
+    "task_matrix": ["TaskMatrix", "evaluate_matrix"],
     "sharing": ["Sharing", "category_effect", "sharing"],
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "translation": ["load_pairs", "translate"],
