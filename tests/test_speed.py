@@ -175,7 +175,11 @@ def test_speed_device_map(tmp_path):
     model = load_model(str(tmp_path), device_map={"": "cpu"})
     assert view(model).dtype == torch.float32 and view(model).fingerprint == view(load_model(str(tmp_path))).fingerprint
     parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    with pytest.raises(ModelError, match="disk"): load_model(str(tmp_path), device_map=parts, offload_folder=str(tmp_path / "off"))
+    try: partly = load_model(str(tmp_path), device_map=parts, offload_folder=str(tmp_path / "off"))
+    except ModelError as e: assert "disk" in str(e)  # TransformerLens 3.9 refuses what 4.3 runs
+    else:
+        got, want = (record(m, TEXTS, length=16, groups="all", texts=3, progress=False) for m in (partly, model))
+        assert got.model == want.model and torch.equal(got.count_pos, want.count_pos) and torch.equal(got.impact["en"], want.impact["en"])
     with pytest.raises(ModelError, match="device_map"): load_model(hf, tokenizer=tok, device_map="auto")
 
 
