@@ -291,11 +291,12 @@ def table(r: dict) -> None:
 
 
 def some(*parts: str) -> None:
-    "Measure some parts again and keep the rest of results.json, which says so."
-    r = json.loads((HERE / "results.json").read_text())
-    for p in parts: r |= result(p)
-    r["measured_later"] = sorted({*r.get("measured_later", []), *parts})
-    (HERE / "results.json").write_text(json.dumps(r, indent=1) + "\n")
+    "Measure some parts again, each kept when it is done; the rest of results.json stays, and the file says so."
+    for p in parts:
+        got, path = result(p), HERE / "results.json"
+        r = json.loads(path.read_text())
+        r |= got | dict(measured_later=sorted({*r.get("measured_later", []), p}))
+        path.write_text(json.dumps(r, indent=1) + "\n")
     table(r)
 
 

@@ -70,7 +70,7 @@ def shapes() -> dict:
         for n in values:
             model = make(n)
             _measure(model, langs(n)[:1], 2_000)
-            rows.append({name: n} | min((_measure(model, langs(n), 20_000//(1 if name != "languages" else 4)) for _ in range(2)), key=lambda r: r["s"]))
+            rows.append({name: n} | min((_measure(model, langs(n), 8_000//(1 if name != "languages" else 4)) for _ in range(2)), key=lambda r: r["s"]))
         out[f"curve_{name}"], out[f"curve_{name}_exponent"] = rows, exponent(values, [r["s"] for r in rows])
     curve("layers", [4, 8, 16, 32], lambda n: _tiny(num_hidden_layers=n))
     curve("neurons", [1024, 2048, 4096, 8192], lambda n: _tiny(intermediate_size=n))
