@@ -52,7 +52,7 @@ def shards(windows: TokenWindows, # packed text
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
-# %% ../nbs/10_recording.ipynb #ea8bb52c
+# %% ../nbs/10_recording.ipynb #5257dac4
 @dataclass
 class _Batch:
     "One forward pass: what to feed, and what the hooks must know of it."
@@ -66,8 +66,10 @@ class _Batch:
 
     def to(self, device: torch.device) -> "_Batch":
         "On the device; to a GPU from pinned memory, so that nobody waits for the copy."
-        send = lambda x: x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x is not None else x
-        self.ids, self.mask, self._at[device] = send(self.ids), send(self.mask), (send(self.rows), send(self.texts))
+        if device.type == "cuda":
+            self.ids, self.mask, self.rows, self.texts = (None if x is None else x.pin_memory() for x in (self.ids, self.mask, self.rows, self.texts))
+            self.ids, self.mask = (None if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.mask))
+        self.on(device)
         return self
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
