@@ -6,7 +6,7 @@
 __all__ = ['INK', 'FAINT', 'OKABE_ITO', 'TEMPLATE', 'GAP', 'log', 'lang_name', 'neurons_per_layer', 'overlap_heatmap',
            'ownership_bars', 'method_overlap', 'ratio_matrices', 'ratio_matrix', 'dot_interval', 'lss_matrices',
            'lss_matrix', 'factor_curves', 'layer_curve', 'Html', 'token_heat', 'samples_html', 'figure_html',
-           'save_figures']
+           'save_figures', 'category_shares', 'category_contribution_figure', 'selectivity']
 
 # %% ../nbs/31_figures.ipynb #35c74865
 import functools
@@ -627,3 +627,103 @@ def save_figures(figs: Mapping[str, go.Figure], # file name without suffix -> fi
         for path in targets:
             with atomic_write(path) as tmp: tmp.write_bytes((Path(drawn) / path.name).read_bytes())
     return list(targets)
+
+# %% ../nbs/31_figures.ipynb #a1fabef8
+_CATEGORIES = {"all-shared": "#0072B2", "partial-shared": "#56B4E9", "specific": "#D55E00", "non-activated": "#d9d9d9"}
+
+def _bars(df: pd.DataFrame, category: str, what: str) -> go.Bar: # columns layer, category, share
+    "One category along the layers."
+    d = df[df.category == category].sort_values("layer")
+    band = [f", {a:.1%} to {b:.1%}" for a, b in zip(d["min"], d["max"])] if {"min", "max"} <= set(d.columns) else [""]*len(d)
+    hover = [f"layer {l}, {category}<br><b>{s:.1%}</b> {what}{b}" for l, s, b in zip(d.layer, d.share, band)]
+    return go.Bar(x=d.layer, y=d.share, name=category, legendgroup=category, marker_color=_CATEGORIES[category], hovertext=hover, hoverinfo="text")
+
+def _category_panels(parts: Mapping[str, pd.DataFrame], title: str, y_title: str, what: str = "of neurons") -> go.Figure: # tables by the panel's name
+    "Stacked bars of the four categories, one panel a table."
+    if unknown := set(_unique(*(d.category for d in parts.values()))) - set(_CATEGORIES): raise ValueError(f"no category {sorted(unknown)[0]!r}; there are {', '.join(_CATEGORIES)}")
+    for d in parts.values(): _grid(d, "layer", "category", "share", [], [])
+    k, tall = max(len(parts), 1), 300
+    fig = make_subplots(1, k, horizontal_spacing=.04, subplot_titles=[str(p) for p in parts] if k > 1 else None)
+    for i, d in enumerate(parts.values()):
+        for c in _CATEGORIES: fig.add_trace(_bars(d, c, what).update(showlegend=i == 0), row=1, col=i + 1)
+    fig.update_annotations(font_size=14, yshift=3)
+    fig.update_layout(template=TEMPLATE, title_text=title, barmode="stack", bargap=.12, height=tall + 160 + 20*(k > 1), margin=dict(t=56 + 24*(k > 1), b=104),
+                      legend=dict(orientation="h", x=0, yref="container", y=0, yanchor="bottom", traceorder="normal"))
+    fig.update_xaxes(title_text="layer", showgrid=False, tickmode="auto", nticks=max(4, 18//k), tickformat="d")
+    fig.update_yaxes(range=[0, 1], tickformat=".0%", showticklabels=False)
+    fig.update_yaxes(title_text=y_title, showticklabels=True, col=1)
+    return _narrow(fig, _stacked(fig, k, 220, 160 + 20*(k > 1), y_title, 90))
+
+def category_shares(df: pd.DataFrame, # columns layer, category, share; task where there are several; min and max are told in the hover
+                    title: str = "Sharing categories per layer") -> go.Figure:
+    "Stacked bars: the share of a layer's neurons in each category, one panel a task."
+    _need(df, "layer", "category", "share")
+    parts = {t or "all items": df[df.task == t] for t in _unique(df.task)} if "task" in df else {"": df}
+    return _category_panels(parts, title, "share of neurons")
+
+# %% ../nbs/31_figures.ipynb #062830fa
+def category_contribution_figure(df: pd.DataFrame, # columns lang, layer, category, neurons, top, sum: from attribution.category_contribution
+                                 lang: str | None = None, # one language; by default the mean over languages
+                                 title: str = "What each category contributes") -> go.Figure:
+    "Stacked bars per layer: a category's share of the neurons, of the top-k, and of the sum of contributions."
+    _need(df, "lang", "layer", "category", "neurons", "top", "sum")
+    if lang is not None and lang not in set(df.lang): raise ValueError(f"no language {lang!r} in this table; it has {', '.join(_unique(df.lang))}")
+    d = (df if lang is None else df[df.lang == lang]).groupby(["layer", "category"], sort=False, as_index=False)[["neurons", "top", "sum"]].mean()
+    names = {"neurons": "of all neurons", "top": "of the top-k", "sum": "of the sum"}
+    return _category_panels({label: d.assign(share=d[c]) for c, label in names.items()}, title if lang is None else f"{title}, {lang_name(lang)}", "share", "")
+
+# %% ../nbs/31_figures.ipynb #1db1a1a1
+_NO_EFFECT = {"perplexity ratio": 1., "answer log-probability": 0., "LSS": .5}
+_UNITS = {"perplexity ratio": "perplexity ratio", "answer log-probability": "change of log P(answer), nats", "LSS": "share of facts shifted"}
+
+def _selectivity_order(df: pd.DataFrame) -> list[str]:
+    "Interventions, the most selective first, by the first measure that can tell."
+    key = {}
+    for m in _unique(df.measure):
+        for i, s in df[df.measure == m].set_index("intervention").selectivity.dropna().items(): key.setdefault(i, s)
+    names = _unique(df.intervention)
+    return sorted(names, key=lambda i: (i not in key, -key.get(i, 0), names.index(i)))
+
+def _effect_dots(d: pd.DataFrame, rows: list[str], which: str, name: str, i: int, shift: float, measure: str, ends: tuple[float, float]) -> go.Scatter:
+    "The dots of one group in one panel; those beyond its ends stand there as arrows."
+    d = d[d[which].notna()]
+    v, low, high = (d[c].to_numpy(float) for c in (which, f"{which}_low", f"{which}_high"))
+    hover = [f"{r.intervention}<br>{name}: <b>{_ratio_text(a) if measure == 'perplexity ratio' else f'{a:.2f}'}</b> [{b:.3g}, {c:.3g}]" +
+             (f"<br>selectivity {r.selectivity:.2f}" if r.selectivity == r.selectivity else "") for r, a, b, c in zip(d.itertuples(), v, low, high)]
+    x = v.clip(*ends)
+    symbol = np.select([v < ends[0], v > ends[1]], ["triangle-left", "triangle-right"], "circle")
+    up, down = (np.nan_to_num(np.where(x == v, b, 0)) for b in (high.clip(*ends) - x, x - low.clip(*ends)))
+    return go.Scatter(x=x, y=[rows.index(r) + shift for r in d.intervention], mode="markers", name=name, legendgroup=name, hovertext=hover, hoverinfo="text",
+        marker=dict(size=8, color=OKABE_ITO[i], symbol=symbol), error_x=dict(type="data", array=up, arrayminus=down, thickness=1.6, width=0))
+
+def _effect_ends(d: pd.DataFrame, measure: str) -> tuple[float, float]:
+    "Where a panel ends: on a linear scale, interventions without a language of their own may not squeeze the others."
+    d = d if measure == "perplexity ratio" or d.own.isna().all() else d[d.own.notna()]
+    x = d[[f"{g}{e}" for g in _GROUPS for e in ("", "_low", "_high")]].to_numpy(float)
+    x = x[np.isfinite(x) & ((x > 0) | (measure != "perplexity ratio"))]
+    low, high = min(x, default=1.), max(x, default=1.)
+    return (low/1.15, high*1.15) if measure == "perplexity ratio" else (low - .08*(high - low) - .01, high + .08*(high - low) + .01)
+
+# %% ../nbs/31_figures.ipynb #a5cac635
+_GROUPS = {"own": "the neurons' own language", "others": "other languages"}
+
+def selectivity(df: pd.DataFrame, # columns intervention, measure, selectivity, and own, others with _low and _high; size (of the set) is written where given
+                title: str = "Own language against the others, by selectivity") -> go.Figure:
+    "Effects on the own and on other languages, one row an intervention, one panel a measure; the most selective first."
+    _need(df, "intervention", "measure", "selectivity", *(f"{g}{end}" for g in _GROUPS for end in ("", "_low", "_high")))
+    rows, measures = _selectivity_order(df), _unique(df.measure)
+    k, tall = max(len(measures), 1), 34*max(len(rows), 2)
+    size = df.drop_duplicates("intervention").set_index("intervention")["size"] if "size" in df else {}
+    labels = [f"{r} <span style='color:{FAINT}'>{size[r]:,.0f}</span>" if r in size else r for r in rows]
+    fig = make_subplots(1, k, horizontal_spacing=.04, subplot_titles=[str(m) for m in measures] if k > 1 else None)
+    for j, m in enumerate(measures):
+        d, axis = df[df.measure == m], dict(row=1, col=j + 1)
+        ends = _effect_ends(d, m)
+        for i, (g, name) in enumerate(_GROUPS.items()): fig.add_trace(_effect_dots(d, rows, g, name, i, (i - .5)*.3, m, ends).update(showlegend=j == 0), **axis)
+        fig.add_vline(x=_NO_EFFECT.get(m, 0.), line=dict(color=FAINT, width=1, dash="dash"), **axis)
+        fig.update_xaxes(title_text=_UNITS.get(m, m), **(_log_ticks(np.array(ends)) if m == "perplexity ratio" else {}), **axis)
+    fig.update_annotations(font_size=14, yshift=3)
+    fig.update_layout(template=TEMPLATE, title_text=title, height=tall + 170, margin=dict(t=56 + 24*(k > 1), b=110), legend=dict(orientation="h", x=0, yref="container", y=0, yanchor="bottom"))
+    fig.update_yaxes(tickvals=list(range(len(rows))), ticktext=labels, range=[len(rows) - .5, -.5], showticklabels=False)
+    fig.update_yaxes(showticklabels=True, col=1)
+    return _narrow(fig, _stacked(fig, k, tall, 170, "", 100))

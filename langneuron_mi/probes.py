@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MLAMA', 'MLAMA_LANGS', 'ProbeError', 'Fact', 'template_problem', 'fill', 'ProbeItem', 'same_text', 'ProbeItems',
-           'Probes', 'cldr_facts', 'cldr_names', 'cldr_templates', 'load_probes']
+           'Probes', 'ParallelFacts', 'cldr_facts', 'cldr_names', 'cldr_templates', 'load_probes']
 
 # %% ../nbs/21_probes.ipynb #6c4b254c
 import gzip
@@ -180,6 +180,50 @@ def items(self: Probes,
         else: usable.append(f)
     rows = [_item(f, self.templates[f.relation][base], base, target) for f in _draw(usable, n, seed, lambda f: 0)]
     return ProbeItems(rows, left["equal"], left["missing"], left["no_template"], len(usable))
+
+# %% ../nbs/21_probes.ipynb #c28564aa
+@dataclass(frozen=True)
+class ParallelFacts:
+    "The same facts asked, and answered, in every language."
+    ids: tuple[str, ...] # of the facts, in the order of the lists
+    prompts: dict[str, list[str]] # by language; each ends where the answer begins
+    answers: dict[str, list[str]] # the object's name in the language
+    texts: dict[str, list[str]] # prompt and answer, joined as the template joins them
+
+    @property
+    def langs(self) -> tuple[str, ...]: return tuple(self.prompts)
+    def __len__(self) -> int: return len(self.ids)
+    def to_df(self) -> pd.DataFrame: # fact, lang, prompt, answer
+        "One row a fact and language."
+        return pd.DataFrame([(f, l, self.prompts[l][i], self.answers[l][i]) for i, f in enumerate(self.ids) for l in self.langs], columns=["fact", "lang", "prompt", "answer"])
+
+@patch
+def parallel(self: Probes,
+             langs: str | Iterable[str] | None = None, # None = all that can be asked in
+             n: int | None = None, # facts to draw; None = all
+             seed: int = 0, # of the draw
+            ) -> ParallelFacts:
+    "The facts that can be asked in every one of these languages."
+    _check_n(n)
+    codes = self.bases if langs is None else _codes(langs)
+    for l in codes: _among(l, self.bases, f"these probes have no {'template' if l in self.langs else 'facts'} in")
+    fits = [f for f in self.facts if all(l in f.labels and l in self.templates.get(f.relation, {}) for l in codes)]
+    if not fits: raise ProbeError(f"no fact can be asked in all of {', '.join(codes)}: leave a language out; coverage() tells what each has")
+    chosen = _draw(fits, n, seed, lambda f: 0)
+    filled = {l: [fill(self.templates[f.relation][l], f.labels[l][0], l) for f in chosen] for l in codes}
+    answers = {l: [f.labels[l][1] for f in chosen] for l in codes}
+    return ParallelFacts(tuple(f.id for f in chosen), {l: [p for p, _ in x] for l, x in filled.items()}, answers,
+                         {l: [p + gap + a for (p, gap), a in zip(x, answers[l])] for l, x in filled.items()})
+
+# %% ../nbs/21_probes.ipynb #44f03697
+@patch
+def halves(self: Probes,
+           seed: int = 0, # of the split
+          ) -> tuple[Probes, Probes]:
+    "Every other fact of a seeded order, and the rest: one half to find, one to measure."
+    if len(self.facts) < 2: raise ProbeError(f"{len(self.facts)} fact cannot be split; give two or more")
+    ranked = sorted(range(len(self.facts)), key=lambda i: text_hash(self.facts[i].id, f"halves {seed}"))
+    return tuple(replace(self, facts=tuple(self.facts[i] for i in sorted(ranked[k::2]))) for k in (0, 1))
 
 # %% ../nbs/21_probes.ipynb #b8b680dd
 @patch

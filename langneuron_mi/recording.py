@@ -315,7 +315,7 @@ class TokenActivations:
     prompts: tuple[str, ...]
     tokens: tuple[list[str], ...] # of each prompt, as text
     neurons: tuple[tuple[int, int], ...] # (layer, neuron) of the last axis
-    values: tuple[Float[Tensor, "pos neuron"], ...] # of each prompt; activation units
+    values: tuple[Float[Tensor, "_ neuron"], ...] # of each prompt [pos, neuron]; activation units
     site: str = "gate"
 
     def __repr__(self) -> str: return f"TokenActivations({len(self.prompts)} prompts, {sum(map(len, self.tokens))} tokens, {len(self.neurons)} neurons, site={self.site!r})"

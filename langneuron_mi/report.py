@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../nbs/33_report.ipynb #08072591
+# %% ../nbs/33_report.ipynb #14a78ea4
 import json
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from fastcore.basics import patch
 from jinja2 import Environment
 
 from .artifacts import atomic_write, save_json
-from .comparison import ExperimentResult
+from .comparison import MEASURES, ExperimentResult, selectivities
 from .figures import figure_html, save_figures
 from .languages import language
 
-# %% ../nbs/33_report.ipynb #27cb10fd
+# %% ../nbs/33_report.ipynb #9c17562f
 def _names(langs) -> str:
     "English names of languages, joined."
     names = [language(l).name for l in langs]
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 @patch
-def sentences(self: ExperimentResult) -> list[str]: # three
-    "What was done and what came out, in three sentences."
+def sentences(self: ExperimentResult) -> list[str]: # three to five
+    "What was done and what came out, in a few sentences."
     e, s = self.experiment, self.summary()
     n = sorted(self.stats.n_tokens.values())
     sizes = [len(x) for x in self.neurons.values()]
@@ -33,10 +33,32 @@ def sentences(self: ExperimentResult) -> list[str]: # three
             f"of text in each of {len(e.langs)} languages: {_names(e.langs)}.",
             f"LAPE took the {100*e.top:g} % of neurons whose firing is most concentrated on few languages, which gave each language {min(sizes)} to {max(sizes)} neurons.",
             f"Switching off a language's neurons multiplied the perplexity of its own held-out text by {s['own_median']:.2f} (median over languages; above 1.5 in "
-            f"{s['own_above_1_5']} of {s['n_langs']}), that of other languages by {s['off_median']:.2f}, while random neurons, as many in each layer, gave {s['random_median']:.2f}."]
+            f"{s['own_above_1_5']} of {s['n_langs']}), that of other languages by {s['off_median']:.2f}, while random neurons, as many in each layer, gave {s['random_median']:.2f}.", *self._beside()]
 
-# %% ../nbs/33_report.ipynb #f0036b94
+@patch
+def _beside(self: ExperimentResult) -> list[str]: # none where nothing was measured
+    "The comparison with shared neurons, and the answers, in a sentence each."
+    t = selectivities(self.comparison).set_index(["intervention", "measure"])
+    ppl, answer, shift = MEASURES
+    has = lambda *keys: all(k in t.index for k in keys)
+    big, core = (("ablate all-shared", ppl), ("ablate random all-shared", ppl)), (("ablate most-shared", ppl), ("ablate random most-shared", ppl))
+    out = []
+    if has(*big, *core):
+        (a, ra), (m, rm) = ([f"{t.others[k]:.3g}" for k in pair] for pair in (big, core))
+        out.append(f"Switching off the {t['size'][core[0]]:,.0f} neurons most often shared by all languages multiplied perplexity by {m} (random: {rm}), switching off all {t['size'][big[0]]:,.0f} shared ones by {a} "
+                   f"(random: {ra}). For the languages' own neurons, the effect on their own language over the effect on the others was {t.selectivity['ablate own', ppl]:.2f}.")
+    if has(("ablate own", answer), ("ablate random", answer)):
+        own, rnd = t.loc[("ablate own", answer)], t.loc[("ablate random", answer)]
+        out.append(f"The log-probability of the answers to {self.answers.fact.nunique()} facts changed by {own.own:+.2f} nats in the language whose neurons were off and by {own.others:+.2f} in the others (random: {rnd.own:+.2f})"
+                   + (f"; set to their mean in a language, its neurons shifted {t.own['mean own', shift]:.0%} of the answers towards it, random neurons {t.own['mean random', shift]:.0%}." if has(("mean own", shift), ("mean random", shift)) else "."))
+    return out
+
+# %% ../nbs/33_report.ipynb #1fd004ae
 _captions = {
+    "comparison": "The comparison, by selectivity. Each intervention's effect on the language whose neurons it changes and on the others, averaged over languages, with 95 % interval over languages; grey: neurons in the set. "
+                  "x: neurons multiplied; mean: set to their mean in the language; random: random neurons, as many in every layer. All-shared neurons are used by every language, most-shared are the same in the number that a language owns. "
+                  "Selectivity is own effect over others' effect; the rows that have most of it come first.",
+    "sharing": "How many neurons do the languages share. Share of each layer's neurons that are active at the end of a prompt in all languages, in some, in one, in none; mean over the facts that found the all-shared neurons.",
     "neurons_per_layer": "Language neurons by layer. Each cell counts the neurons that LAPE assigns to a language in a layer.",
     "overlap": "Overlap of the sets. Jaccard index: shared neurons divided by neurons in either set.",
     "perplexity_ratio": "What switching neurons off costs. Perplexity of held-out text divided by the perplexity without intervention; 1 is no effect. Small figures: 95 % interval, bootstrap over windows. "
@@ -55,17 +77,19 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} pre{
 <p class="soft">langneuron_mi {{ version }}</p><h1>{{ title }}</h1>
 {% for s in sentences %}<p class="lead">{{ s }}</p>{% endfor %}
 {% for name, caption, div in figures %}<h2>{{ caption.split('. ')[0] }}</h2><figure>{{ div|safe }}<figcaption>{{ caption.split('. ', 1)[1] }}</figcaption></figure>{% endfor %}
+<details><summary>The comparison in numbers</summary><div class="wide"><table><tr><th>intervention</th><th>measure</th><th>own language</th><th>others</th><th>selectivity</th><th>neurons</th></tr>
+{% for r in compared %}<tr><td>{{ r.intervention }}</td><td>{{ r.measure }}</td><td class="n">{{ r.own }}</td><td class="n">{{ r.others }}</td><td class="n">{{ r.selectivity }}</td><td class="n">{{ r.size }}</td></tr>{% endfor %}</table></div></details>
 <h2>Perplexity without intervention</h2><div class="wide"><table><tr><th>language</th><th>text version</th><th>tokens</th><th>perplexity</th><th>bits per byte</th><th>own neurons</th></tr>
 {% for r in baseline %}<tr><td>{{ r.name }}</td><td>{{ r.version }}</td><td class="n">{{ r.n }}</td><td class="n">{{ r.ppl }}</td><td class="n">{{ r.bpb }}</td><td class="n">{{ r.size }}</td></tr>{% endfor %}</table></div>
 <h2>What the model writes under amplification</h2><p class="soft">Greedy continuations; the language is the guess of py3langid, which is unsure of short texts. One prompt is an anecdote, not a measurement.</p>
 <div class="wide"><table><tr><th>neurons</th><th>intervention</th><th>prompt</th><th>continuation</th><th>identified</th></tr>
 {% for r in generations %}<tr><td>{{ r.of }}</td><td>{{ r.how }}</td><td>{{ r.prompt }}</td><td dir="auto">{{ r.text }}</td><td>{{ r.identified }}</td></tr>{% endfor %}</table></div>
 <h2>How far to trust this</h2><ul>{% for t in trust %}<li>{{ t }}</li>{% endfor %}</ul>
-<h2>How to cite</h2><p>The tool: langneuron_mi {{ version }} (CITATION.cff in its repository). The methods: Tang et al., <i>Language-Specific Neurons</i>, ACL 2024, arXiv 2402.16438 (LAPE, ablation); Rahmanisa et al. 2025, arXiv 2507.22581 (amplification).</p>
+<h2>How to cite</h2><p>The tool: langneuron_mi {{ version }} (CITATION.cff in its repository). The methods: Tang et al., <i>Language-Specific Neurons</i>, ACL 2024, arXiv 2402.16438 (LAPE, ablation); Rahmanisa et al. 2025, arXiv 2507.22581 (amplification, LSS); Wang et al. 2024, arXiv 2406.09265 (shared neurons).</p>
 <h2>Provenance</h2><details open><summary>Everything this report depends on</summary><pre>{{ provenance }}</pre></details>
 </main></body></html>"""
 
-# %% ../nbs/33_report.ipynb #fe1b1c3e
+# %% ../nbs/33_report.ipynb #1b76438d
 @patch
 def _trust(self: ExperimentResult) -> list[str]:
     "What limits the reading of these numbers."
@@ -73,6 +97,7 @@ def _trust(self: ExperimentResult) -> list[str]:
     worst = known.loc[known.share_elsewhere.idxmax()] if len(known) else None
     lines = ["The text that found the neurons and the text that was measured do not overlap; this was checked by content.",
              f"Each cell rests on about {self.experiment.held_out_tokens} tokens in windows of {self.experiment.measure_length}; intervals cover the choice of text, not of the model, the corpus or the random set.",
+             *([f"Answers rest on {len(a)} facts, the same in every language; the all-shared neurons were found with other facts."] if (a := (self.facts.get("probes") or {}).get("asked")) else []),
              "One random set per language is drawn; a single one can be lucky. Many cells are compared at once: read patterns, not single cells."]
     if "dequantised" in self.facts["model_id"]: lines.append("The weights were quantised (Q4_K_M) and dequantised: figures differ from those of the original weights.")
     if worst is not None: lines.append(f"Language purity: py3langid places at most {worst.share_elsewhere:.1%} of a language's lines elsewhere (worst: {language(worst.lang).name}).")
@@ -87,24 +112,31 @@ def _baseline(self: ExperimentResult) -> list[dict]:
                  bpb=f"{self.perplexity.bits_per_byte(l):.2f}", size=len(self.neurons[l])) for l in self.perplexity.langs]
 
 @patch
+def _compared(self: ExperimentResult) -> list[dict]:
+    "Rows of the comparison's table."
+    say = lambda v, low, high: "" if v != v else f"{v:.3g}" + ("" if low != low else f" [{low:.3g}, {high:.3g}]")
+    return [dict(intervention=r.intervention, measure=r.measure, own=say(r.own, r.own_low, r.own_high), others=say(r.others, r.others_low, r.others_high),
+                 selectivity="" if r.selectivity != r.selectivity else f"{r.selectivity:.2f}", size=f"{r.size:,.0f}") for r in selectivities(self.comparison).itertuples()]
+
+@patch
 def _continuations(self: ExperimentResult) -> list[dict]:
     "Rows of the table of generated texts."
-    how = {"none": "none", "amplify_mean": "set to own mean", "amplify_factor": f"times {self.experiment.factor:g}"}
+    how = {"none": "none", "amplify_mean": "set to own mean", "amplify_factor": f"times {self.experiment.factor:g}", "amplify_p_median": "set to own p_median"}
     name = lambda c: language(c).name if c not in ("none", "") else "–"
     def known(c): # the identifier knows more languages than our table
         try: return name(c)
         except KeyError: return {"arz": "Egyptian Arabic", "zxx": "no language"}.get(c, c)
     return [dict(of=name(r.neurons_of), how=how[r.intervention], prompt=r.prompt, text=r.text, identified=known(r.identified)) for r in self.generations.itertuples()]
 
-# %% ../nbs/33_report.ipynb #2c887565
+# %% ../nbs/33_report.ipynb #a5e973f2
 @patch
-def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside random controls") -> str:
+def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside shared and random neurons") -> str:
     "The report as one self-contained page."
     from langneuron_mi import __version__
     figs = self.figures()
     divs = figure_html(list(figs.values()))
     return Environment(autoescape=True).from_string(_page).render(
-        title=title, version=__version__, sentences=self.sentences(), figures=[(n, _captions[n], d) for n, d in zip(figs, divs)], baseline=self._baseline(),
+        title=title, version=__version__, sentences=self.sentences(), figures=[(n, _captions[n], d) for n, d in zip(figs, divs)], baseline=self._baseline(), compared=self._compared(),
         generations=self._continuations(), trust=self._trust(), provenance=json.dumps(self.facts, indent=1, ensure_ascii=False, default=str))
 
 def write_report(result: ExperimentResult, # of an experiment

@@ -7,10 +7,13 @@ __all__ = ['CATEGORIES', 'TOKENS', 'AMONG', 'of_count', 'categories', 'check_pro
            'input_categories', 'category_sets', 'Sharing', 'sharing', 'answer_tokens', 'left_pad', 'CategoryEffect',
            'category_effect']
 
-# %% ../nbs/23_sharing.ipynb #42b6f19e
+# %% ../nbs/23_sharing.ipynb #c24d71c3
+import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import torch
@@ -252,6 +255,16 @@ def _repr_markdown_(self: Sharing) -> str:
     rows = ((c, self.share(c)) for c in CATEGORIES)
     return head + "\n".join(f"| {c} | {s.mean():.1%} | {s.min():.1%} | {s.max():.1%} |" for c, s in rows)
 
+# %% ../nbs/23_sharing.ipynb #898dc743
+@patch
+def plot(self: Sharing,
+         theta: float | None = None, # a measured threshold; None = the first
+         **kwargs): # as for category_shares
+    "Stacked bars of the category shares per layer, one panel a task."
+    from langneuron_mi.figures import category_shares
+    df = self.to_df()
+    return category_shares(df[df.theta == self.theta[self._at(theta)]], **kwargs)
+
 # %% ../nbs/23_sharing.ipynb #35f2e4bc
 @patch
 def repetition(self: Sharing,
@@ -284,6 +297,23 @@ def specific_neurons(self: Sharing,
     code = language(lang).code
     if code not in self.langs: raise ValueError(f"no language {lang!r} in this result; it has {', '.join(self.langs)}")
     return _enough(self.specific_counts[self.langs.index(code)], self, at_least)
+
+# %% ../nbs/23_sharing.ipynb #0faa5857
+@patch
+def most(self: Sharing,
+         category: str, # one of CATEGORIES
+         n: int, # neurons
+         seed: int = 0, # of the choice among neurons that are there equally often
+         theta: float | None = None, # a measured threshold; None = the first
+        ) -> NeuronSet: # n neurons, fewer where fewer were ever in the category
+    "The neurons that are most often in a category."
+    if n < 1: raise ValueError(f"n={n}: give a number of neurons, 1 or more")
+    counts = self.category_counts[self._at(theta), _category(category)].flatten()
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed))
+    first = order[counts[order].argsort(descending=True, stable=True)[:n]]
+    mask = torch.zeros(len(counts), dtype=torch.bool)
+    mask[first[counts[first] > 0]] = True
+    return NeuronSet.from_mask(mask.view(self.shape), self.site, self.provenance.get("model"))
 
 # %% ../nbs/23_sharing.ipynb #807f8155
 @patch
@@ -455,6 +485,18 @@ def _repr_markdown_(self: CategoryEffect) -> str:
     s = self.summary(n_boot=500)
     return f"**{self!r}**\n\n" + s[s.lang == "all"].drop(columns="lang").round(3).to_markdown(index=False)
 
+# %% ../nbs/23_sharing.ipynb #0b7cbba3
+@patch
+def plot(self: CategoryEffect,
+         langs: Sequence[str] | None = None, # languages, "all" for their mean; by default the mean and every language
+         **kwargs): # as for dot_interval
+    "Own minus random change of log P(answer) by category, with intervals."
+    from langneuron_mi.figures import dot_interval
+    s = self.summary()
+    s = (s if langs is None else s[s.lang.isin(list(langs))]).replace({"lang": {"all": "all languages"}})
+    return dot_interval(s, "difference", "low", "high", "lang", colour="category", reference=0., log=False,
+                        **dict(title=f"Answers under {self.op} of a category, against random neurons", x_title="change of log P(answer), own minus random, nats") | kwargs)
+
 # %% ../nbs/23_sharing.ipynb #0494cb94
 @patch
 def save(self: CategoryEffect, path: str | Path) -> Path:
@@ -467,3 +509,10 @@ def load(cls: CategoryEffect, path: str | Path) -> CategoryEffect:
     "Read what `save` wrote."
     t, m = load_artifact(path, "category_effect")
     return cls(tuple(m["langs"]), tuple(m["categories"]), m["op"], **t, provenance=m["provenance"])
+
+# %% ../nbs/23_sharing.ipynb #52187f45
+class _Room(ModuleType):
+    "A module that is called like its main function."
+    __call__, __signature__ = staticmethod(sharing), inspect.signature(sharing)
+
+sys.modules[__name__].__class__ = _Room

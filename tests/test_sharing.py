@@ -1,8 +1,11 @@
 "Sharing: equal to keeping every activation of every prompt, read with plain PyTorch hooks on the Hugging Face model."
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import fields
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -373,3 +376,37 @@ def test_sharing_answer_tokens_where_the_tokenizer_merges_across_the_border():
     assert answer_tokens(model, "ab", "c", "zh") == ([2], [5])
     assert answer_tokens(model, "aa", "c", "zh") == ([2, 2], [4])
     with pytest.raises(ValueError, match="nothing comes before the answer"): answer_tokens(model, "b", "c", "zh")
+
+
+def test_sharing_most_is_a_seeded_choice_among_the_most_frequent(planted):
+    from langneuron_mi.models import load_model
+    model = load_model(planted.hf, tokenizer=planted.tokenizer)
+    s = sharing(model, planted.texts(12, seed=2), progress=False)
+    a, b, c = s.most("all-shared", 12), s.most("all-shared", 12), s.most("all-shared", 12, seed=1)
+    assert len(a) == 12 and a.fingerprint == b.fingerprint != c.fingerprint and set(a) | set(c) <= set(planted.shared)
+    counts = s.category_counts[0, 0]
+    everyone = s.most("all-shared", counts.numel())
+    assert len(everyone) == int((counts > 0).sum())  # never one that was not there
+    n = len(planted.shared) + 3
+    more = s.most("all-shared", n)
+    assert set(planted.shared) <= set(more) and len(more) == min(n, len(everyone))
+    with pytest.raises(ValueError, match="n=0"): s.most("all-shared", 0)
+
+
+def test_sharing_and_category_effect_plot(planted):
+    from langneuron_mi.models import load_model
+    model = load_model(planted.hf, tokenizer=planted.tokenizer)
+    texts = planted.texts(3, seed=2)
+    fig = sharing(model, texts, theta=[0., 4.], progress=False).plot(4.)
+    assert len(fig.data) == 4 and np.allclose(sum(np.asarray(b.y, dtype=float) for b in fig.data), 1)
+    golds = {l: [planted.successor(t.split()[-1]) for t in ts] for l, ts in texts.items()}
+    effect = category_effect(model, texts, golds, controls=1, progress=False)
+    assert [t.name for t in effect.plot().data] == list(effect.categories)
+    assert list(effect.plot(["all"]).layout.yaxis.ticktext) == ["all languages"]
+
+
+def test_sharing_is_one_name_for_the_room_and_the_function():
+    code = "from langneuron_mi import *; assert callable(sharing); import langneuron_mi.sharing as room; from langneuron_mi import sharing as s; assert callable(s); import inspect; print(list(inspect.signature(room).parameters)[:2])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "['model', 'prompts']"
