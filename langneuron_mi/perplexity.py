@@ -168,7 +168,7 @@ def _rows(v: ModelView, w: TokenWindows, todo: list, batch_size: int, tick, fold
     "Every row in turn; an engine for many machines has a method of the same form."
     for _, intervention, columns in todo: yield _row(v, w, intervention, columns, batch_size, tick, folder)
 
-# %% ../nbs/20_perplexity.ipynb #b50a8a9b
+# %% ../nbs/20_perplexity.ipynb #fc4ba9d2
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
                       interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
@@ -186,8 +186,8 @@ def perplexity_matrix(model, # a hooked model
                       address: str | None = None, # of the cluster; None = this machine
                      ) -> PerplexityMatrix:
     "Perplexity of every language's text under every intervention."
-    from tqdm.auto import tqdm
     if engine != "process" and not hasattr(engine, "rows"): return importlib.import_module("langneuron_mi.scaling").on_ray(perplexity_matrix, locals())
+    from tqdm.auto import tqdm
     v, rows = view(model).check() if engine == "process" else engine.view(model), _as_rows(interventions)
     v.untouched("measuring perplexity")
     _check_tokenizer(interventions, v)
