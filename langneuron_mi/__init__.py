@@ -16,6 +16,7 @@ _names = {
     "generation": ["generate_texts"],
     "probes": ["load_probes"],
     "steering": ["Steering", "lss"],
+    "cluster": ["RayEngine", "Recipe"],
     "sharing": ["Sharing", "category_effect", "sharing"],
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "comparison": ["Experiment", "read_experiment"],
