@@ -19,6 +19,8 @@ _names = {
     "cluster": ["RayEngine", "Recipe"],
     "sharing": ["Sharing", "category_effect", "sharing"],
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
+    "translation": ["load_pairs", "translate"],
+    "translation_matrix": ["translation_table"],
     "comparison": ["Experiment", "read_experiment"],
     "sharing_study": ["SharingStudy"],
     "cards": ["browse", "neuron_card", "neuron_cards", "neuron_table"],

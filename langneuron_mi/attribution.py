@@ -129,7 +129,7 @@ def effective_score(model, # a hooked model, from load_model
         out.append(torch.stack([(p*(towards.to(p.device) @ w_out(v, l).float().to(p.device).T)).cpu() for l, p in enumerate(posts)], 1))
     return torch.cat(out)
 
-# %% ../nbs/24_attribution.ipynb #919a30c7
+# %% ../nbs/24_attribution.ipynb #6d315470
 AT = ("last", "all")
 
 def _check_at(token: str) -> None:
@@ -145,7 +145,7 @@ def _over(x: Float[Tensor, "row chosen neuron"], mask: Int[Tensor, "row pos"]) -
 
 def _logp(v: ModelView, ids: Tensor, mask: Tensor, first: Int[Tensor, "row"]) -> Float[Tensor, "row"]: # nats
     "Log-probability of each row's answer token."
-    logits = v.logits(ids, mask)[:, -1].float()
+    logits = v.logits(ids, mask, keep=1)[:, -1].float()
     return logits.log_softmax(-1).gather(-1, first.to(logits.device)[:, None])[:, 0]
 
 # %% ../nbs/24_attribution.ipynb #c385f7fc

@@ -222,7 +222,7 @@ def hooks(self: ModelView,
             handle.hook.remove()
             p.fwd_hooks[:] = [h for h in p.fwd_hooks if h is not handle]
 
-# %% ../nbs/01_models.ipynb #e0db7811
+# %% ../nbs/01_models.ipynb #969aae19
 @patch
 @contextmanager
 def at(self: ModelView,
@@ -268,14 +268,16 @@ def _masked(module, ids: Tensor, mask: Tensor | None) -> dict:
 def logits(self: ModelView,
            ids: Int[Tensor, "batch pos"], # token ids
            attention_mask: Int[Tensor, "batch pos"] | None = None, # 1 = real token
-          ) -> Float[Tensor, "batch pos vocab"]: # in the model's dtype
+           keep: int = 0, # only of the last positions; 0 = of all
+          ) -> Float[Tensor, "batch kept vocab"]: # in the model's dtype
     "The model's own logits."
     ids = ids.to(self.device)
     if self.prompt is None and attention_mask is not None:
-        with self.at(_ends(attention_mask)): return self.logits(ids, attention_mask)
+        with self.at(_ends(attention_mask)): return self.logits(ids, attention_mask, keep)
     if self.is_bridge and hasattr(self.hf, "base_model"):
-        return self.hf(ids, use_cache=False, **_masked(self.hf, ids, attention_mask)).logits
-    return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")
+        few = dict(logits_to_keep=keep) if "logits_to_keep" in inspect.signature(self.hf.forward).parameters else {}
+        return self.hf(ids, use_cache=False, **few, **_masked(self.hf, ids, attention_mask)).logits[:, -keep:]
+    return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")[:, -keep:]
 
 # %% ../nbs/01_models.ipynb #a465de01
 @patch
@@ -368,7 +370,7 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     if x.shape[-1] != v.d_mlp:
         raise ModelError(f"hook {v.hook_name(layer, kind)} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
 
-# %% ../nbs/01_models.ipynb #d7b3031c
+# %% ../nbs/01_models.ipynb #9e3b99f4
 _facts = weakref.WeakKeyDictionary()  # model object -> what load_model knows about its origin
 
 def load_model(source, # bundled name, hub id, folder, Hugging Face model, HookedTransformer or TransformerBridge
@@ -386,7 +388,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
         raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
     if _is_lens(source):
         if tokenizer is not None: raise ModelError("a TransformerLens model has its own tokenizer; set model.tokenizer instead of passing tokenizer=")
-        model, name = source, _lens_name(source)
+        model, name = source, view(source).model_id # a model that was loaded here keeps its name
     elif isinstance(source, torch.nn.Module):
         if tokenizer is None: raise ModelError(f"a {type(source).__name__} object comes without its tokenizer; pass tokenizer=")
         name = getattr(source.config, "_name_or_path", "") or type(source).__name__

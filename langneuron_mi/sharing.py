@@ -346,7 +346,7 @@ def answer_tokens(model, # a hooked model
         raise ValueError(f"prompt and answer ({lang}) have {n} tokens, the context of {v.model_id} is {v.n_ctx}; shorten the text {prompt[:40]!r}")
     return context, full[start:]
 
-# %% ../nbs/23_sharing.ipynb #f724c9f2
+# %% ../nbs/23_sharing.ipynb #1f4bc1ba
 def left_pad(v: ModelView, rows: Sequence[list[int]]) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]: # ids, mask
     "Rows of token ids as one batch that ends together."
     width, pad = max(map(len, rows)), v.tokenizer.pad_token_id or 0
@@ -359,7 +359,7 @@ def _gold(v: ModelView, rows: list[tuple[list[int], list[int]]], batch_size: int
     logp, right = [], []
     for i in range(0, len(rows), batch_size):
         batch = rows[i:i + batch_size]
-        logits = v.logits(*left_pad(v, [c + a for c, a in batch]))
+        logits = v.logits(*left_pad(v, [c + a for c, a in batch]), keep=max(len(a) for _, a in batch) + 1)
         for row, (_, answer) in zip(logits, batch):
             x, target = row[-len(answer) - 1:-1].float(), torch.tensor(answer, device=row.device)
             logp.append((x.gather(-1, target[:, None])[:, 0] - x.logsumexp(-1)).sum(dtype=torch.float64))

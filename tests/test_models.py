@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from langneuron_mi import models
 from langneuron_mi.models import ModelError, load_model, view
 from langneuron_mi.testing import tiny_model
 
@@ -135,3 +136,22 @@ def test_models_from_a_folder(tmp_path):
     v = view(load_model(str(tmp_path)))
     torch.testing.assert_close(v.logits(ids), want, atol=1e-5, rtol=1e-5)
     assert v.fingerprint == view(load_model(hf, tokenizer=tok)).fingerprint
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "bloom"])
+def test_models_last_logits_are_those_of_all_positions(arch):
+    hf, tok = tiny_model(arch)
+    v = view(load_model(hf, tokenizer=tok))
+    ids, mask = torch.randint(3, 50, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[0, :4] = 0
+    whole, last = v.logits(ids, mask), v.logits(ids, mask, keep=2)
+    assert last.shape[1] == 2 and torch.allclose(whole[:, -2:], last, atol=1e-6)
+
+
+def test_models_a_loaded_model_keeps_its_name_when_it_is_loaded_again(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    hf.save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    monkeypatch.setitem(models._bundled, "toy", dict(id="toy-dequantised"))
+    monkeypatch.setattr(models, "bundled_folder", lambda name: tmp_path)
+    model = load_model("toy")
+    assert view(model).model_id == view(load_model(model)).model_id == "toy-dequantised"
