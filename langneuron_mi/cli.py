@@ -46,7 +46,7 @@ def _run_experiment(experiment) -> str:
     result = experiment.run()
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
-# %% ../nbs/50_cli.ipynb #659910f0
+# %% ../nbs/50_cli.ipynb #36134a7a
 def record(
     model: str, # bundled name, folder or hub id
     corpus: str, # bible, a folder of {lang}.txt / .jsonl / .parquet, or hub:ID
@@ -58,6 +58,8 @@ def record(
     texts: int = 100, # texts of each language for text_means and impact
     layout: str = "packed", # packed, or texts: every text read alone
     length: int = 256, # positions per window
+    batch_size: int = 8, # windows per forward pass
+    shard_size: int = 16, # windows per unit of work; 2048 for models of billions of weights on a cluster
     held_out: float = 0.1, # share of the texts kept for measuring
     seed: int = 0, # order and split of the texts
     revision: str = "", # of a hub id
@@ -77,7 +79,7 @@ def record(
     keep = choose("all" if groups == "all" else [g.strip() for g in groups.split(",") if g.strip()])
     train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
     where = _where(engine, workers, address, gpus, model, revision) if engine != "process" else dict(model=load_model(model, revision=revision or None))
-    stats = record(corpus=train, tokens=tokens or None, site=site, groups=keep, texts=texts, layout=layout, length=length, seed=seed, out=out, **where)
+    stats = record(corpus=train, tokens=tokens or None, site=site, groups=keep, texts=texts, layout=layout, length=length, batch_size=batch_size, shard_size=shard_size, seed=seed, out=out, **where)
     return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {out.rstrip('/')}/stats.safetensors"
 
 def _where(engine: str, workers: int, address: str, gpus: float, model: str, revision: str) -> dict:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RemoteView', 'Session', 'mirrored', 'on_ray', 'Size', 'size_of', 'neuron_bytes', 'Plan', 'plan']
 
-# %% ../nbs/40_scaling.ipynb #de2eae66
+# %% ../nbs/40_scaling.ipynb #b257b056
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -27,9 +27,10 @@ from .interventions import Intervention
 from .models import ModelView, _bundled, view
 from .perplexity import _measure, _row, _row_path, _save_row
 from .recording import Recorder, Shard
+from .sharing import Reader, _batch
 from .windows import TokenWindows
 
-# %% ../nbs/40_scaling.ipynb #096d5895
+# %% ../nbs/40_scaling.ipynb #4f374982
 @lru_cache(maxsize=2)
 def _recorder(v: ModelView, names: tuple, site: str, batch_size: int, texts: int) -> Recorder: return Recorder(v, names, site, batch_size, texts)
 
@@ -43,6 +44,10 @@ def _do_cell(v: ModelView, common: tuple, unit: tuple) -> np.ndarray: # float64 
     "NLL of one language's windows under one intervention."
     (windows, batch_size), (intervention, lang) = common, unit
     with intervention.on(v.model): return _measure(v, windows, lang, batch_size, lambda n: None)
+
+def _do_prompts(v: ModelView, common: tuple, prompts: dict[str, list[str]]) -> list[np.ndarray]:
+    "Sharing categories of a batch of items."
+    return [x.cpu().numpy() for x in _batch(Reader(v, *common), prompts, lambda n: None)]
 
 def _only(windows: TokenWindows, lang: str) -> TokenWindows:
     "The windows of one language, ready to travel: in memory, without the sketches."
@@ -120,6 +125,16 @@ def rows(self: Session, v: ModelView, w: TokenWindows, todo: list, batch_size: i
                 if path is not None: _save_row(path, row, i)
             yield row
 
+# %% ../nbs/40_scaling.ipynb #e361a4fa
+@patch
+def batches(self: Session, reader: Reader, todo: list[dict[str, list[str]]], tick: Callable) -> Iterator[list[torch.Tensor]]:
+    "Counts of each batch, in order."
+    options = reader.thetas, reader.token, reader.site
+    with closing(self.map(_do_prompts, todo, lambda unit: options)) as results:
+        for prompts, found in zip(todo, results):
+            tick(sum(map(len, prompts.values())))
+            yield [torch.from_numpy(x.copy()) for x in found]
+
 # %% ../nbs/40_scaling.ipynb #295bfd37
 @contextmanager
 def mirrored(out: str | Path | None # folder, or fsspec URL such as s3://bucket/run
@@ -165,7 +180,7 @@ class _Copy:
         except (OSError, ValueError) as e: raise ArtifactError(f"cannot write {self.root}: {str(e)[:200]}; run the same call again when it can be reached: finished work is kept there") from e
         self.known = state
 
-# %% ../nbs/40_scaling.ipynb #2ba8d6b5
+# %% ../nbs/40_scaling.ipynb #60cc9513
 def on_ray(call: Callable, # a function of this package with `engine=`
            given: dict, # its arguments, by name
           ): # what it returns
@@ -175,7 +190,7 @@ def on_ray(call: Callable, # a function of this package with `engine=`
     elif not isinstance(engine, RayEngine): raise ScalingError(f"no engine {engine!r}; allowed are 'process', 'ray', and a RayEngine")
     elif given["address"] is not None: raise ScalingError("address= is for engine='ray'; a RayEngine has its own")
     with engine if not engine.is_open else ExitStack(), mirrored(given.get("out")) as (folder, saved):
-        return call(**given | dict(engine=Session(engine, given["workers"], saved), out=folder))
+        return call(**given | ({"out": folder} if "out" in given else {}) | dict(engine=Session(engine, given["workers"], saved)))
 
 # %% ../nbs/40_scaling.ipynb #d01e7d46
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from langneuron_mi.models import load_model, view
 from langneuron_mi.neurons import NeuronSet
 from langneuron_mi.perplexity import perplexity_matrix
 from langneuron_mi.recording import Recorder, RecordingError, record
+from langneuron_mi.sharing import sharing
 from langneuron_mi.testing import planted_model
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, whatever the number of pytest's own workers
@@ -109,17 +110,17 @@ def test_ray_worker_killed_in_the_middle(engine, model, alone, tmp_path, monkeyp
 def pid_of(v, common, unit): return os.getpid()
 
 
-def test_ray_results_in_order_errors_and_lost_units(engine, model):
+def test_ray_results_in_order_errors_and_lost_units(engine, model, monkeypatch):
     "Slow first units do not change the order; a task's own error arrives as it was; a unit that kills every worker is named."
     pool = engine.pool(recipe_of(model), _facts_of(view(model)))
     assert list(pool.map(slow_first, range(12))) == list(range(12))
     assert pool.first["model"]["model"] == view(model).fingerprint
     with pytest.raises(RecordingError, match="unit 3 is bad"): list(pool.map(fails_at_3, range(6)))
     with pytest.raises(RecordingError, match="hook .* tokens"): list(pool.map(wrong_shard, [0]))
-    few = RayEngine(workers=1, retries=0)
-    few._stack, few._size = engine._stack, (1, 0)
-    with pytest.raises(ScalingError, match="unit 0 of 1 has ended 1 workers"): list(few.pool(recipe_of(model), None).map(dies, [0]))
-    few._pool.close()
+    monkeypatch.setattr(engine, "retries", 0)
+    with pytest.raises(ScalingError, match="unit 0 of 1 has ended 1 workers"): list(pool.map(dies, [0]))
+    monkeypatch.undo()
+    assert list(pool.map(slow_first, range(3))) == [0, 1, 2], "the dead worker is found out, and replaced"
 
 
 def slow_first(v, common, unit):
@@ -198,6 +199,15 @@ def test_ray_perplexity_matrix_same_bits(engine, model, tmp_path):
     assert len(list(tmp_path.glob("row-*"))) == 4
     again = perplexity_matrix(model, p.texts(30, seed=5), sets, out=tmp_path, **args)  # rows measured there are found here
     assert all(np.array_equal(again.nll[k], x) for k, x in here.nll.items())
+
+
+def test_ray_sharing_same_counts(engine, model):
+    p = planted_model()
+    prompts = {lang: lines[:7] for lang, lines in p.texts(10, seed=4).items()}
+    args = dict(batch_size=2, theta=[0., .1], progress=False)
+    there, here = sharing(model, prompts, engine=engine, **args), sharing(model, prompts, **args)
+    assert all(torch.equal(getattr(there, k), getattr(here, k)) for k in ("category_counts", "specific_counts", "per_input"))
+    assert there.provenance["model"] == here.provenance["model"]
 
 
 def test_ray_command_line_and_url(cluster, saved, tmp_path, capsys, monkeypatch):
