@@ -48,11 +48,11 @@ nbs: venv ## run every notebook that needs no download
 
 pytest: venv ## the test suite on the locked TransformerLens
 	@echo "== tests"
-	@$(OFFLINE) $(BIN)/python -m pytest tests -q -n 2
+	@$(OFFLINE) $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup
 
 leg2: venv .tl43/.ok ## the fast tests again on another TransformerLens
 	@echo "== tests on TransformerLens $(TL2)"
-	@$(OFFLINE) PYTHONPATH=.tl43 EXPECT_TL=$(TL2) $(BIN)/python -m pytest tests -q -n 2 -m "not slow"
+	@$(OFFLINE) PYTHONPATH=.tl43 EXPECT_TL=$(TL2) $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup -m "not slow"
 
 .tl43/.ok: requirements.lock
 	@rm -rf .tl43
@@ -65,6 +65,7 @@ docs: venv ## build the site into _docs and check its links
 
 bench: venv ## speed and memory beside peers, to benchmarks/results.json
 	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python benchmarks/ray_bench.py
 
 bench-gpu: venv ## the recorder on one GPU with an 8B Llama shape, to benchmarks/results_gpu.json
 	@$(BIN)/python benchmarks/gpu.py

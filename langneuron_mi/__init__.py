@@ -19,6 +19,7 @@ _names = {
     "steering": ["Steering", "lss"],
     "tasks": ["TaskResults", "evaluate"],
     "task_matrix": ["TaskMatrix", "evaluate_matrix"],
+    "cluster": ["RayEngine", "Recipe"],
     "sharing": ["Sharing", "category_effect", "sharing"],
     "attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "neuron_lora": ["TuneConfig"],

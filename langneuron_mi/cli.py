@@ -47,7 +47,7 @@ def _run_experiment(experiment) -> str:
     result = experiment.run()
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
-# %% ../nbs/50_cli.ipynb #b632c229
+# %% ../nbs/50_cli.ipynb #36134a7a
 def record(
     model: str, # bundled name, folder or hub id
     corpus: str, # bible, a folder of {lang}.txt / .jsonl / .parquet, or hub:ID
@@ -59,9 +59,15 @@ def record(
     texts: int = 100, # texts of each language for text_means and impact
     layout: str = "packed", # packed, or texts: every text read alone
     length: int = 256, # positions per window
+    batch_size: int = 8, # windows per forward pass
+    shard_size: int = 16, # windows per unit of work; 2048 for models of billions of weights on a cluster
     held_out: float = 0.1, # share of the texts kept for measuring
     seed: int = 0, # order and split of the texts
     revision: str = "", # of a hub id
+    engine: str = "process", # process, or ray: on a cluster, with the same bits
+    workers: int = 0, # of the cluster; 0 = as many as it has room for
+    address: str = "", # of the cluster, host:port; this machine when not given
+    gpus: float = -1, # of each worker; .5 = two share one; -1 = one where the cluster has any
 ):
     "Record how often every neuron fires in every language"
     langs = _langs(langs)
@@ -73,8 +79,15 @@ def record(
     check_site(site)
     keep = choose("all" if groups == "all" else [g.strip() for g in groups.split(",") if g.strip()])
     train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
-    stats = record(load_model(model, revision=revision or None), train, tokens=tokens or None, site=site, groups=keep, texts=texts, layout=layout, length=length, seed=seed, out=out)
-    return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {Path(out)/'stats.safetensors'}"
+    where = _where(engine, workers, address, gpus, model, revision) if engine != "process" else dict(model=load_model(model, revision=revision or None))
+    stats = record(corpus=train, tokens=tokens or None, site=site, groups=keep, texts=texts, layout=layout, length=length, batch_size=batch_size, shard_size=shard_size, seed=seed, out=out, **where)
+    return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {out.rstrip('/')}/stats.safetensors"
+
+def _where(engine: str, workers: int, address: str, gpus: float, model: str, revision: str) -> dict:
+    "A cluster, and a model that only its workers load."
+    if engine != "ray": raise ValueError(f"no engine {engine!r}; allowed are process and ray")
+    from langneuron_mi.cluster import RayEngine, Recipe
+    return dict(model=Recipe(model, options=dict(revision=revision) if revision else {}), engine=RayEngine(workers or None, address or None, gpus=None if gpus < 0 else gpus))
 
 # %% ../nbs/50_cli.ipynb #dee527ab
 def _stats(path: str):

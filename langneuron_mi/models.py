@@ -423,6 +423,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
     "A hooked model from whatever you have."
     if device_map is not None: kwargs["device_map"] = device_map
     given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
+    recipe = None if isinstance(source, torch.nn.Module) or tokenizer is not None else dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)
     if isinstance(source, torch.nn.Module) and given:
         raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
     if _is_lens(source):
@@ -440,7 +441,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
         commit = getattr(hf.config, "_commit_hash", None)
         model = _bridge(hf, tokenizer, folder)
         if commit or revision: name = f"{name}@{commit or revision}"
-    _facts[model] = dict(model_id=name)
+    _facts[model] = dict(model_id=name, recipe=recipe)
     view(model).check()
     if attention is not None: importlib.import_module("langneuron_mi.speed").attend(model, attention)
     return model

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'RecordingError', 'Shard', 'shards', 'Recorder', 'record', 'TokenActivations', 'cache_activations']
 
-# %% ../nbs/10_recording.ipynb #05f77b2f
+# %% ../nbs/10_recording.ipynb #5c12cb54
+import importlib
 import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .activation_stats import ActivationStats, _sorted_out, check_site, load_texts, save_texts
-from .artifacts import ArtifactError, fingerprint, load_artifact, save_artifact, save_json
+from .artifacts import ArtifactError, fingerprint, load_artifact, read_header, save_artifact, save_json
 from .corpora import Corpus, load_corpus
 from .groups import Layer, Seen, choose, finish, groups, merge
 from .languages import language
@@ -229,12 +231,13 @@ def _verify(self: Recorder, work: _Pass, n: int, shard: Shard) -> None:
             raise RecordingError(f"activations of layer {l} ({self.view.hook_name(l, kind)}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
                                  "load the model in float32 or bfloat16, or look at its weights")
 
-# %% ../nbs/10_recording.ipynb #4f3daa13
+# %% ../nbs/10_recording.ipynb #7866dbb7
 @dataclass(frozen=True)
 class _Run:
     "The folder of a recording and the configuration it belongs to."
     folder: Path | None
     config: dict
+    saved: Callable[[], None] = lambda: None # told after every checkpoint
     @property
     def key(self) -> str: return fingerprint(self.config)
     def path(self, lang: str | None = None) -> Path: return self.folder/("stats.safetensors" if lang is None else f"part-{lang}.safetensors")
@@ -259,10 +262,22 @@ def checkpoint(self: _Run, lang: str, total: dict[str, Tensor], done: int, n: in
     "Write a language's sums so far, atomically."
     if self.folder is not None:
         save_artifact(self.path(lang), "recording_part", total, dict(config=self.config, done=done, n_tokens=n))
+        self.saved()
 
-# %% ../nbs/10_recording.ipynb #6dd896c1
 @patch
-def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, tick: Callable, every: float) -> tuple[dict, int]:
+def done(self: _Run, lang: str) -> int:
+    "Shards of a language that its checkpoint holds."
+    if self.folder is None or not self.path(lang).exists(): return 0
+    return read_header(self.path(lang))["meta"].get("done", 0)  # `resume` checks the rest
+
+# %% ../nbs/10_recording.ipynb #0e70acd6
+@patch
+def parts(self: Recorder, windows: TokenWindows, todo: list[Shard], tick: Callable) -> Iterator[tuple[dict, int]]:
+    "What `run` gives for each shard, in their order; an engine for many machines has a method of the same form."
+    for shard in todo: yield self.run(windows, shard, tick)
+
+@patch
+def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, parts: Iterator, tick: Callable, every: float) -> tuple[dict, int]:
     "All shards of one language, going on from its checkpoint, and what is left of their sums."
     lang, n_texts = todo[0].lang, self.kept_texts(windows, todo[0].lang)
     total, done, n = run.resume(lang)
@@ -270,7 +285,7 @@ def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Ru
     kept, last = done, time.monotonic()
     try:
         for shard in todo[done:]:
-            part, counted = self.run(windows, shard, tick)
+            part, counted = next(parts)
             total, n, done = merge(total, part, self.text_span(windows, shard), n_texts), n + counted, done + 1
             if done == len(todo) or time.monotonic() - last >= every:
                 run.checkpoint(lang, total, done, n)
@@ -291,7 +306,7 @@ def _check_texts(self: Recorder, windows: TokenWindows) -> None:
                                         "keep something per text; raise tokens=, or give shorter texts")
         if n < self.texts: warnings.warn(f"{lang} has {n} whole texts, fewer than texts={self.texts}: its text statistics are of these {n}", stacklevel=3)
 
-# %% ../nbs/10_recording.ipynb #dbc226ee
+# %% ../nbs/10_recording.ipynb #b3fd6f21
 def _kept_batch_size(config: dict, out) -> int | None:
     "The batch size with which a recording in `out`, otherwise the same, was begun."
     path = None if out is None else Path(out)/"config.json"
@@ -314,9 +329,13 @@ def record(model, # a hooked model, from load_model
            out: str | Path | None = None, # folder; with it the run is resumable
            checkpoint_every: float = 20., # seconds
            progress: bool = True, # a bar with tokens/s and the time left, on stderr
+           engine="process", # "ray", or a `RayEngine`: the same shards on a cluster, with the same bits
+           workers: int | None = None, # on the cluster; None = as many as it has room for
+           address: str | None = None, # of the cluster; None = this machine
           ) -> ActivationStats:
     "Count, for every neuron and language, the tokens on which it is active."
-    v = view(model)
+    if engine != "process" and not hasattr(engine, "parts"): return importlib.import_module("langneuron_mi.scaling").on_ray(record, locals())
+    v = view(model) if engine == "process" else engine.view(model)
     v.untouched("recording")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     windows = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id, layout=layout)
@@ -325,27 +344,28 @@ def record(model, # a hooked model, from load_model
     config = v.describe() | dict(langs=list(windows.langs), windows=windows.fingerprint, corpus=corpus.fingerprint, length=windows.length, seed=seed,
                                  bos=windows.bos_token_id, site=site, groups=list(recorder.names), texts=recorder.texts, layout=layout, batch_size=recorder.batch_size, shard_size=shard_size)
     if auto: config["batch_size"] = recorder.batch_size = _kept_batch_size(config, out) or recorder.measured_batch_size(windows, shard_size)
-    run = _Run(None if out is None else Path(out), config)
+    run = _Run(None if out is None else Path(out), config, getattr(engine, "saved", _Run.saved))
     if run.folder is not None: save_json(run.folder/"config.json", config)  # an unwritable folder is an error now, not after the work
     if run.folder is not None and run.path().exists():
         stats = ActivationStats.load(run.path())
         run.check_config({k: stats.meta.get(k) for k in config}, run.path())
         return stats
     recorder._check_texts(windows)
-    return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every)
+    return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every, Recorder if engine == "process" else engine)
 
-# %% ../nbs/10_recording.ipynb #04ed2614
-def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float) -> ActivationStats:
+# %% ../nbs/10_recording.ipynb #c24b13ab
+def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float, engine) -> ActivationStats:
     "Every language in turn, then the finished artifact; text statistics are written, and let go, language by language."
     from tqdm.auto import tqdm
     by_lang = {lang: [s for s in todo if s.lang == lang] for lang in windows.langs}
     bar = tqdm(total=sum(windows.n_tokens(l) for l in windows.langs), unit="tok", unit_scale=True, desc="recording", disable=not progress)
     results, n, texts, sums = {}, {}, {}, {}
+    left = [s for lang in windows.langs for s in by_lang[lang][run.done(lang):]]
     try:
-        with bar:
+        with bar, closing(engine.parts(recorder, windows, left, bar.update)) as parts:
             for lang in windows.langs:
                 bar.set_postfix_str(language(lang).name)
-                results[lang], n[lang] = recorder._language(windows, by_lang[lang], run, bar.update, every)
+                results[lang], n[lang] = recorder._language(windows, by_lang[lang], run, parts, bar.update, every)
                 texts[lang] = {k: results[lang].pop(k) for k in ("text_means", "impact") if k in results[lang]}
                 if texts[lang] and run.folder is not None:
                     sums[lang] = save_texts(run.path(), lang, texts[lang])
