@@ -83,10 +83,12 @@ def files(folder) -> dict[str, bytes]: return {f.name: f.read_bytes() for f in P
 def test_ray_same_bits_with_1_2_and_3_workers_on_two_nodes(cluster, engine, model, alone, tmp_path):
     import ray
     assert sum(n["Alive"] for n in ray.nodes()) == 2
+    pool = engine.pool(recipe_of(model), _facts_of(view(model)))
+    while pool.starting: pool._welcome(ray.wait(list(pool.starting))[0][0])  # all three are there
     for n in (3, 2, 1):
         record(model, TEXTS, engine=engine, workers=n, out=tmp_path / str(n), **ARGS)
         assert files(tmp_path / str(n)) == alone
-    assert len(engine._pool.ready) == 3 and len({a._ray_actor_id for a in engine._pool.ready}) == 3
+    assert engine._pool is pool and len(set(ray.get([a.do.remote(pid_of, None, None) for a in pool.ready]))) == 3
 
 
 def test_ray_worker_killed_in_the_middle(engine, model, alone, tmp_path, monkeypatch, caplog):
