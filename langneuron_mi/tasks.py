@@ -29,7 +29,7 @@ from .task_data import TaskError, _quiet, load_tasks, need_lm_eval, task_lang
 
 need_lm_eval()
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
+from lm_eval.api.registry import model_registry, register_model
 
 # %% ../nbs/25_tasks.ipynb #05cdaa52
 @dataclass
@@ -72,7 +72,10 @@ def chosen(neurons: str, # file of language neurons
     p = Path(stats) if stats else None
     return factor(edit, ActivationStats.load(p/"stats.safetensors" if p.is_dir() else p) if p else None)(found[lang], lang)
 
-@register_model("langneuron")
+# a notebook that runs again defines the class again, and the registry takes a name once
+_registered = (lambda cls: cls) if "langneuron" in model_registry else register_model("langneuron")
+
+@_registered
 class LangNeuronLM(TemplateLM):
     "A hooked model, under an intervention, that answers lm-eval's requests."
     def __init__(self, pretrained="gemma-3-270m", # anything load_model takes, or a hooked model
