@@ -137,14 +137,18 @@ def _environment(engine: RayEngine) -> dict[str, str]:
     own = {k: os.environ[k] for k in PASSED if k in os.environ} | dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(p for p in paths if p)))
     return own | dict(OMP_NUM_THREADS=str(max(1, int(engine.cpus)))) | dict(engine.env)
 
-# %% ../nbs/39_cluster.ipynb #8ec2a7ec
+# %% ../nbs/39_cluster.ipynb #f3bdcef0
 def _reachable(address: str) -> None:
-    "Something listens there: Ray itself would try for minutes, and may end the process."
+    "A Ray cluster listens there: Ray itself would try for minutes, and may end the process."
     where = address.removeprefix("ray://")
     host, _, port = where.rpartition(":")
     advice = "start a cluster with `ray start --head --port=6379`, and give its address, such as 10.0.0.1:6379, ray://10.0.0.1:10001, or auto on its head; address=None uses this machine"
     if not host or not port.isdigit(): raise ScalingError(f"{address!r} is no address of a Ray cluster; {advice}")
-    try: socket.create_connection((host, int(port)), 5).close()
+    try:
+        with socket.create_connection((host, int(port)), 5) as s:
+            if os.environ.get("RAY_USE_TLS") == "1": return
+            s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # how gRPC begins; a server of it answers with settings, frame type 4
+            if s.recv(9)[3:4] != b"\4": raise OSError("something else listens there")
     except OSError as e: raise ScalingError(f"no Ray cluster answers at {address} ({e}); {advice}") from None
 
 @patch

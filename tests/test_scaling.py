@@ -1,9 +1,11 @@
 "Ray: a real cluster of two nodes on this machine, workers and drivers killed; the bits of one process every time."
+import http.server
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import langneuron_mi.scaling as scaling
 from langneuron_mi.activation_stats import ActivationStats
 from langneuron_mi.artifacts import ArtifactError
 from langneuron_mi.cli import main
-from langneuron_mi.cluster import Pool, RayEngine, Recipe, ScalingError, _facts_of, recipe_of
+from langneuron_mi.cluster import Pool, RayEngine, Recipe, ScalingError, _facts_of, _reachable, recipe_of
 from langneuron_mi.interventions import ablate
 from langneuron_mi.models import load_model, view
 from langneuron_mi.neurons import NeuronSet
@@ -266,11 +268,16 @@ def test_ray_bad_requests_are_one_clear_error(cluster, model, monkeypatch):
     with pytest.raises(ScalingError, match="no engine 'spark'"): record(model, TEXTS, engine="spark", **ARGS)
 
 
-def test_ray_address_without_a_cluster(monkeypatch):
+def test_ray_address_without_a_cluster(cluster, monkeypatch):
     import ray
+    _reachable(cluster.address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    for address, words in (("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"), ("ray://127.0.0.1:1", "answers at ray://"), ("my cluster", "is no address of a Ray cluster")):
-        with pytest.raises(ScalingError, match=words): RayEngine(address=address).__enter__()
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        for address, words in (("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"), ("ray://127.0.0.1:1", "answers at ray://"), ("my cluster", "is no address of a Ray cluster"),
+                               (f"127.0.0.1:{web.server_port}", "something else listens there.*ray start")):
+            with pytest.raises(ScalingError, match=words): RayEngine(address=address).__enter__()
+        web.shutdown()
 
 
 def test_ray_not_installed(model, monkeypatch, capsys, saved, tmp_path):
