@@ -8,6 +8,7 @@ _names = {
     "corpora": ["Corpus", "load_corpus"],
     "models": ["load_model", "view"],
     "activation_stats": ["ActivationStats"],
+    "speed": ["attend", "measure_speed"],
     "recording": ["cache_activations", "record"],
     "neurons": ["LanguageNeurons", "NeuronSet"],
     "identification": ["activation_probability", "average_precision", "lambda_score", "language_activated", "lape", "plnd", "random_neurons"],

@@ -15,7 +15,7 @@ from torch import Tensor
 from .interventions import Intervention
 from .models import ModelView, view
 
-# %% ../nbs/16_scoring.ipynb #4d9171d6
+# %% ../nbs/16_scoring.ipynb #1dd88553
 @dataclass(frozen=True)
 class Row:
     "A sequence to run, and the positions whose next token is scored."
@@ -34,6 +34,7 @@ def _common(a: tuple, b: tuple) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 def _groups(rows: Iterable[Row], share: Callable[[Row, Row], bool], # may these two share?
+            most: int = 16, # rows of a group
             least: int = 4 # tokens that sharing must save
            ) -> list[tuple[int, list[Row]]]: # length of the shared start, rows
     "Rows that begin alike; a row without company shares nothing."
@@ -42,7 +43,7 @@ def _groups(rows: Iterable[Row], share: Callable[[Row, Row], bool], # may these 
         if out:
             p, group = out[-1]
             k, q = len(group), min(p, _common(group[0].ids, r.ids))
-            if k*q - (k - 1)*p >= least and share(group[0], r):
+            if k < most and k*q - (k - 1)*p >= least and share(group[0], r):
                 out[-1] = (q, group + [r])
                 continue
         out.append((len(r.ids), [r]))
@@ -110,7 +111,7 @@ def _run_whole(v: ModelView, rows: list[Row]) -> _Points:
         for pos in range(r.start, len(r.ids)): points.add(logits[i, gap[i] + pos], [r], pos)
     return points
 
-# %% ../nbs/16_scoring.ipynb #412ffc82
+# %% ../nbs/16_scoring.ipynb #57bfe75c
 def _window(v: ModelView) -> int:
     "Tokens that every layer's cache keeps."
     return min([int(w) for w in [getattr(v.hf.config, "sliding_window", None)] if w] + [1 << 60])
@@ -137,7 +138,7 @@ def score(v: ModelView,
     rows, whole = _unique(pairs, max_length or v.n_ctx, placed)
     asked, work = {}, dict(tokens=0, saved=0, positions=0)
     for i, r in enumerate(rows): asked.setdefault(r.n, []).append(i)
-    for batch in _batches(_groups(whole, lambda a, b: max(len(a.ids), len(b.ids)) < short and (a.prompt == b.prompt or not placed)), batch_size):
+    for batch in _batches(_groups(whole, lambda a, b: max(len(a.ids), len(b.ids)) < short and (a.prompt == b.prompt or not placed), batch_size), batch_size):
         ids = [i for _, g in batch for r in g for i in asked[r.n]]
         with torch.inference_mode(), intervention.on(v.model):
             points = _run_groups(v, batch) if v.has_head else _run_whole(v, [r for _, g in batch for r in g])

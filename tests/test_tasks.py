@@ -173,6 +173,22 @@ def test_tasks_rows_longer_than_a_sliding_window_equal_hf(tasks):
     assert same_as_hf(evaluate(load_model(hf, tokenizer=tok), two, progress=False), *lm_eval_hf(reference, tok, two)) < 1e-3
 
 
+def test_tasks_rows_shorter_and_longer_than_the_window_in_one_batch_equal_hf(tasks):
+    hf, tok = tiny_model("gemma3", sliding_window=60)
+    reference, _ = tiny_model("gemma3", sliding_window=60)
+    some = {n: tasks[n] for n in ("xcopa_it", "xwinograd_en", "xnli_vi")}
+    ours = evaluate(load_model(hf, tokenizer=tok), some, batch_size=64, progress=False)
+    assert same_as_hf(ours, *lm_eval_hf(reference, tok, some)) < 1e-3 and ours.work["saved"] > 0
+
+
+def test_tasks_many_rows_of_one_beginning_keep_to_the_batch_size():
+    from langneuron_mi.scoring import Row, _batches, _groups
+    rows = [Row(i, (1, 2, 3, 4, 5, 6, 7, 8, i), 8, 7) for i in range(100)]
+    groups = _groups(rows, lambda a, b: True, most=16)
+    assert max(len(g) for _, g in groups) == 16 and sum(len(g) for _, g in groups) == 100
+    assert max(sum(len(g) for _, g in b) for b in _batches(groups, 16)) == 16
+
+
 def test_tasks_through_every_class_of_transformer_lens_equal_hf(tasks):
     one = {"xcopa_it": tasks["xcopa_it"]}
     for name, hf, tok, model in lens_models("llama"):
@@ -433,9 +449,13 @@ def test_task_data_unknown_task_names_the_nearest():
     with pytest.raises(TaskError, match="no task matches"): task_names("nothing_like_*")
 
 
-def test_task_data_groups_tags_and_patterns():
-    assert task_names("xcopa") == [f"xcopa_{l}" for l in "et ht id it qu sw ta th tr vi zh".split()]
+@pytest.mark.slow  # lm-eval's whole index
+def test_task_data_tags():
     assert {"xquad_en", "xquad_vi"} <= set(task_names("xquad"))
+
+
+def test_task_data_groups_and_patterns():
+    assert task_names("xcopa") == [f"xcopa_{l}" for l in "et ht id it qu sw ta th tr vi zh".split()]
     assert task_names("xwinograd_[ej]*") == ["xwinograd_en", "xwinograd_jp"]
 
 
