@@ -19,13 +19,16 @@ from langneuron_mi.activation_stats import ActivationStats
 from langneuron_mi.artifacts import ArtifactError
 from langneuron_mi.cli import main
 from langneuron_mi.cluster import Pool, RayEngine, Recipe, ScalingError, _facts_of, _reachable, recipe_of
+from langneuron_mi.corpora import load_corpus
 from langneuron_mi.interventions import ablate
 from langneuron_mi.models import load_model, view
 from langneuron_mi.neurons import NeuronSet
 from langneuron_mi.perplexity import perplexity_matrix
 from langneuron_mi.recording import Recorder, RecordingError, record
 from langneuron_mi.sharing import sharing
+from langneuron_mi.speed import attend
 from langneuron_mi.testing import planted_model
+from langneuron_mi.windows import pack
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, whatever the number of pytest's own workers
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,6 +269,8 @@ def test_ray_bad_requests_are_one_clear_error(cluster, model, monkeypatch):
     with pytest.raises(ScalingError, match="connected to the Ray cluster"): record(model, TEXTS, engine="ray", address="127.0.0.1:1", **ARGS)
     with pytest.raises(ScalingError, match="a RayEngine has its own"): record(model, TEXTS, engine=RayEngine(), address="auto", **ARGS)
     with pytest.raises(ScalingError, match="no engine 'spark'"): record(model, TEXTS, engine="spark", **ARGS)
+    remote = scaling.RemoteView(dict(model=view(model).describe(), n_ctx=64, d_model=view(model).d_model), view(model).tokenizer)
+    with pytest.raises(ScalingError, match='batch_size="auto"'): Recorder(remote, ("counts",)).measured_batch_size(pack(load_corpus(TEXTS), remote.tokenizer, length=24, bos_token_id=remote.bos_token_id), 2)
 
 
 def test_ray_address_without_a_cluster(cluster, monkeypatch):
@@ -312,5 +317,8 @@ def test_ray_recipe_of_a_model_in_memory(arch):
         other = recipe_of(model).load("cpu")
         v._fingerprint = None
         assert view(model) is v and view(other).describe() == v.describe(), name
-        a, b = (record(m, {"en": ["abc def ghi jkl"] * 3}, length=8, progress=False) for m in (model, other))
+        if arch == "llama" and v.is_bridge:
+            attend(model, "sdpa")
+            assert view(recipe_of(model).load("cpu")).describe() == v.describe()
+        a, b = (record(m, {"en": ["abc def ghi jkl"] * 3}, length=8, progress=False) for m in (model, recipe_of(model).load("cpu")))
         assert torch.equal(a.count_pos, b.count_pos) and torch.equal(a.moments["sum"], b.moments["sum"])
