@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'PASSED', 'ScalingError', 'Recipe', 'recipe_of', 'Worker', 'RayEngine', 'Pool']
 
-# %% ../nbs/39_cluster.ipynb #6579fb8d
+# %% ../nbs/39_cluster.ipynb #9dc93ab4
 import importlib
 import importlib.util
 import logging
@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from .artifacts import _version
 from .models import ModelError, ModelView, _bundled, _facts, load_model, view
 from .recording import RecordingError
+from .speed import _switch, attend
 
 # %% ../nbs/39_cluster.ipynb #6859a2da
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def _ray():
         warnings.simplefilter("ignore")
         return importlib.import_module("ray")
 
-# %% ../nbs/39_cluster.ipynb #c54c3c7a
+# %% ../nbs/39_cluster.ipynb #c9377534
 @dataclass(frozen=True)
 class Recipe:
     "How to load a model."
@@ -58,18 +59,23 @@ class Recipe:
         if self.data is not None:
             model = pickle.loads(self.data)  # written by the process that started this worker; never a file
             _facts[model] = dict(model_id=self.source, recipe=None)
+            attend(model, self.options.get("attention", "eager"))
             return model if view(model).device.type == device else model.to(device)
         how = dict(self.options) | ({} if "device_map" in self.options else dict(device=device)) | ({} if self.dtype is None else dict(dtype=getattr(torch, self.dtype)))
         return load_model(self.source, **how)
 
-# %% ../nbs/39_cluster.ipynb #eb20cfff
+# %% ../nbs/39_cluster.ipynb #175adb3e
 def _packed(v: ModelView) -> np.ndarray: # uint8 [byte]
     "A model in memory as Ray's own transport writes it, without what this process knows of it: the worker finds that out for itself."
+    kind = v.attention
+    if kind != "eager": _switch(v, "eager")  # another one hangs on this process; the worker puts it in place again
     known = v.model.__dict__.pop("_langneuron_view")
     try: return np.frombuffer(_ray().cloudpickle.dumps(v.model), np.uint8)
     except (TypeError, AttributeError, pickle.PicklingError) as e:
         raise ScalingError(f"{v.model_id} cannot be sent to workers ({str(e)[:200]}); save it as a Hugging Face folder, and give load_model(folder)") from None
-    finally: v.model.__dict__["_langneuron_view"] = known
+    finally:
+        v.model.__dict__["_langneuron_view"] = known
+        if kind != "eager": _switch(v, kind)
 
 def recipe_of(model, # a hooked model
               send: bool = False, # itself, though it was loaded by name
@@ -77,10 +83,11 @@ def recipe_of(model, # a hooked model
     "How a worker can get this model."
     v = view(model)
     how, dtype = dict(_facts.get(v.model, {}).get("recipe") or {}), str(v.dtype).removeprefix("torch.")
-    if not how or send: return Recipe(v.model_id, dtype, data=_packed(v))
+    special = {} if v.attention == "eager" else dict(attention=v.attention)
+    if not how or send: return Recipe(v.model_id, dtype, special, _packed(v))
     source = how.pop("source")
     if source not in _bundled and Path(source).exists(): source = str(Path(source).resolve())
-    return Recipe(source, dtype, {k: x for k, x in how.items() if x})
+    return Recipe(source, dtype, {k: x for k, x in how.items() if x} | special)
 
 # %% ../nbs/39_cluster.ipynb #085e22d6
 _PACKAGES = ("langneuron_mi", "torch", "transformers", "transformer-lens", "tokenizers", "numpy")
@@ -137,14 +144,18 @@ def _environment(engine: RayEngine) -> dict[str, str]:
     own = {k: os.environ[k] for k in PASSED if k in os.environ} | dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(p for p in paths if p)))
     return own | dict(OMP_NUM_THREADS=str(max(1, int(engine.cpus)))) | dict(engine.env)
 
-# %% ../nbs/39_cluster.ipynb #8ec2a7ec
+# %% ../nbs/39_cluster.ipynb #f3bdcef0
 def _reachable(address: str) -> None:
-    "Something listens there: Ray itself would try for minutes, and may end the process."
+    "A Ray cluster listens there: Ray itself would try for minutes, and may end the process."
     where = address.removeprefix("ray://")
     host, _, port = where.rpartition(":")
     advice = "start a cluster with `ray start --head --port=6379`, and give its address, such as 10.0.0.1:6379, ray://10.0.0.1:10001, or auto on its head; address=None uses this machine"
     if not host or not port.isdigit(): raise ScalingError(f"{address!r} is no address of a Ray cluster; {advice}")
-    try: socket.create_connection((host, int(port)), 5).close()
+    try:
+        with socket.create_connection((host, int(port)), 5) as s:
+            if os.environ.get("RAY_USE_TLS") == "1": return
+            s.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))  # how gRPC begins; a server of it answers with settings, frame type 4
+            if s.recv(9)[3:4] != b"\4": raise OSError("something else listens there")
     except OSError as e: raise ScalingError(f"no Ray cluster answers at {address} ({e}); {advice}") from None
 
 @patch

@@ -53,11 +53,12 @@ def _only(windows: TokenWindows, lang: str) -> TokenWindows:
     "The windows of one language, ready to travel: in memory, without the sketches."
     return replace(windows, langs=(lang,), streams={lang: np.asarray(windows.streams[lang])}, starts={lang: windows.starts[lang]}, sketches={}, whole={lang: windows.whole[lang]})
 
-# %% ../nbs/40_scaling.ipynb #e7a60343
+# %% ../nbs/40_scaling.ipynb #1fc968b9
 class RemoteView(ModelView):
     "A model that only the workers hold: its facts, and its tokenizer."
     def __init__(self, facts: dict, tokenizer):
         self._said, self.tokenizer, self.model, self.active, self.prompt, self.offset, self.prefill = facts["model"], tokenizer, None, [], None, 0, None
+        self.attention = self._said.get("attention", "eager")
         self.n_layers, self.d_mlp, self.d_model, self._n_ctx = self._said["n_layers"], self._said["d_mlp"], facts["d_model"], facts["n_ctx"]
 
     model_id = property(lambda self: self._said["model_id"])
@@ -66,11 +67,13 @@ class RemoteView(ModelView):
     dtype = property(lambda self: getattr(torch, self._said["dtype"]))
     n_ctx = property(lambda self: self._n_ctx)
     is_bridge = property(lambda self: self._said["through"] == "TransformerBridge")
+    @property
+    def device(self): raise ScalingError(f"{self.model_id} was given by name, so the workers alone hold it; what runs it in this process, such as batch_size=\"auto\", needs load_model first, or a number")
     def describe(self) -> dict: return dict(self._said)
     def check(self) -> "RemoteView": return self
     def w_out(self, layer: int) -> torch.Tensor: return torch.empty(0, 1)  # the recorder of this process runs no shard, and weighs nothing
 
-# %% ../nbs/40_scaling.ipynb #46254e91
+# %% ../nbs/40_scaling.ipynb #36fb516b
 @dataclass
 class Session:
     "An open engine, for one call."
@@ -82,8 +85,9 @@ class Session:
     def view(self, model) -> ModelView: # a hooked model, or a name, folder, hub id or Recipe that only workers load
         "The model's view in this process."
         if not isinstance(model, (str, Path, Recipe)):
-            v = view(model).check()
-            self._given = recipe_of(v, self.engine.send), _facts_of(v)
+            v, had = view(model).check(), self.engine._pool
+            same = _facts_of(v)
+            self._given = had.recipe if had is not None and had.same == same else recipe_of(v, self.engine.send), same
             return v
         recipe = model if isinstance(model, Recipe) else Recipe(str(model))
         if recipe.source not in _bundled and Path(recipe.source).exists(): recipe = replace(recipe, source=str(Path(recipe.source).resolve()))
