@@ -9,10 +9,10 @@ OFFLINE = HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONWARNINGS=ignore TQDM_DISA
 quiet = @log=$$($(1) 2>&1) || { printf '%s\n' "$$log"; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo lab test check nbs docs leg2 pytest bench tutorials clean
+.PHONY: help venv demo lab test check nbs docs leg2 pytest bench bench-gpu peers tutorials clean
 
 help: ## this list
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 venv: .venv/.ok ## create .venv from requirements.lock
 
@@ -48,11 +48,11 @@ nbs: venv ## run every notebook that needs no download
 
 pytest: venv ## the test suite on the locked TransformerLens
 	@echo "== tests"
-	@$(OFFLINE) $(BIN)/python -m pytest tests -q -n 2
+	@$(OFFLINE) $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup
 
 leg2: venv .tl43/.ok ## the fast tests again on another TransformerLens
 	@echo "== tests on TransformerLens $(TL2)"
-	@$(OFFLINE) PYTHONPATH=.tl43 EXPECT_TL=$(TL2) $(BIN)/python -m pytest tests -q -n 2 -m "not slow"
+	@$(OFFLINE) PYTHONPATH=.tl43 EXPECT_TL=$(TL2) $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup -m "not slow"
 
 .tl43/.ok: requirements.lock
 	@rm -rf .tl43
@@ -65,6 +65,15 @@ docs: venv ## build the site into _docs and check its links
 
 bench: venv ## speed and memory beside peers, to benchmarks/results.json
 	@$(BIN)/python benchmarks/bench.py
+	@$(BIN)/python benchmarks/ray_bench.py
+
+bench-gpu: venv ## the recorder on one GPU with an 8B Llama shape, to benchmarks/results_gpu.json
+	@$(BIN)/python benchmarks/gpu.py
+
+peers: venv ## libraries to compare with, into .peers, without touching .venv
+	$(call quiet,$(BIN)/python -m pip install --no-deps --target .peers/nnsight nnsight==0.8.1 greenlet zstandard)
+	$(call quiet,$(BIN)/python -m pip install --no-deps --target .peers/pyvene pyvene==0.1.8 plotnine mizani)
+	$(call quiet,$(BIN)/python -m pip install --no-deps --target .peers/steering-vectors steering-vectors==0.12.2)
 
 tutorials: venv ## run every tutorial, how-to and explanation and store the outputs; those may download
 	@set -e; for nb in nbs/tutorials/*.ipynb nbs/how_to/*.ipynb nbs/explanations/*.ipynb; do test -e "$$nb" || continue; echo "== $$nb"; \

@@ -1,6 +1,9 @@
 """Speed and memory of the recorder beside what a user would use instead, in one run.
 
+    make peers            # once: nnsight, pyvene and steering-vectors into .peers/; without them their rows are left out
     make bench            # prints the table, writes benchmarks/results.json
+    python benchmarks/bench.py some speed windows     # some parts again; the rest of results.json stays
+    python benchmarks/bench.py table                  # the table of results.json
 
 Every figure is measured here and now; nothing is a test. Each measurement of memory or of a whole command runs in a process of its own.
 """
@@ -20,8 +23,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 HERE = Path(__file__).parent
-LENGTH, BATCH, WINDOWS = 256, 8, 24
+LENGTH, BATCH, WINDOWS = 256, 8, 16
 GROUPS = ("counts", "moments", "quantiles", "text_means", "impact")
+
+from curves import compiled, shapes, tokens_gemma, tokens_tiny, windows  # noqa: E402
+from peers import generation_peers, identification_peer, recording_peers  # noqa: E402
 
 
 def peak_mb() -> float:
@@ -59,49 +65,60 @@ def body_flops(v) -> float:
     return 2 * linear + attention
 
 
-def speed() -> dict:
-    "Tokens per second, each the best of three rounds over the same windows, the contenders taking turns."
+def ready():
+    "The model, its text, and the batches that every contender runs."
     import torch
-    from transformers import AutoModelForCausalLM
-    from langneuron_mi.models import bundled_folder, load_model, view
-    from langneuron_mi.recording import record
+    from langneuron_mi import load_model, view
     from langneuron_mi.windows import pack
     model = load_model("gemma-3-270m")
-    v = view(model)
-    text = corpus().select(["en", "de"])
-    tokens = WINDOWS // 2 * (LENGTH - 1)
+    v, text, tokens = view(model), corpus().select(["en"]), WINDOWS*(LENGTH - 1)
     w = pack(text, v.tokenizer, tokens=tokens, length=LENGTH, seed=0, bos_token_id=v.bos_token_id)
-    batches = [b for l in w.langs for i in range(0, w.n_windows(l), BATCH) for b in w.batches(l, i, min(i + BATCH, w.n_windows(l)))]
-    hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
-    names = {v.point(l, "pre").name for l in range(v.n_layers)}
+    batches = [b for i in range(0, w.n_windows("en"), BATCH) for b in w.batches("en", i, min(i + BATCH, w.n_windows("en")))]
+    with torch.inference_mode(): v.body(batches[0])
+    v.fingerprint
+    return model, v, text, tokens, batches
 
-    def hf_body():
-        for b in batches: hf.model(b, use_cache=False)
-    def hf_logits():
-        for b in batches: hf(b, use_cache=False)
-    def run_with_cache():
-        counts = torch.zeros(v.n_layers, v.d_mlp, dtype=torch.int64)
-        for b in batches:
-            _, cache = model.run_with_cache(b, names_filter=lambda n: n in names)
-            for i, n in enumerate(sorted(names, key=lambda n: int(n.split(".")[1]))): counts[i] += (cache[n][:, 1:] > 0).sum((0, 1))
-    def recorded(*groups):
-        return lambda: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=groups, progress=False)
 
-    contenders = dict(hf_body=hf_body, hf_logits=hf_logits, run_with_cache=run_with_cache, record=recorded("counts"), record_moments=recorded("counts", "moments"),
-                      record_quantiles=recorded("counts", "quantiles"), record_text_means=recorded("counts", "text_means"), record_impact=recorded("counts", "impact"),
-                      record_all=recorded(*GROUPS))
-    best, rates = {k: 0. for k in contenders}, []
+def rates(contenders: dict, tokens: int, rounds: int, between=lambda: None) -> dict[str, float]:
+    "Tokens per second of each contender, the best of some rounds, taking turns."
+    import torch
+    best = {k: 0. for k in contenders}
     with torch.inference_mode():
-        for b in batches[:1]: v.body(b)
-        v.fingerprint
-        for _ in range(3):
-            rates.append(matmul_rate(v))
+        for _ in range(rounds):
+            between()
             for name, fn in contenders.items():
                 t = time.perf_counter()
                 fn()
-                best[name] = max(best[name], 2 * tokens / (time.perf_counter() - t))
-    out = {f"{k}_tok_s": round(x, 1) for k, x in best.items()}
-    return dict(limit_tok_s=round(max(rates) / body_flops(v), 1), **out, matmul_gflop_s=round(max(rates) / 1e9, 1), body_mflop_per_token=round(body_flops(v) / 1e6, 1))
+                best[name] = max(best[name], tokens/(time.perf_counter() - t))
+    return best
+
+
+def speed() -> dict:
+    "What stands between `record` and the limit: tokens per second, each the best of five rounds over the same windows, the contenders taking turns."
+    import torch
+    from transformers import AutoModelForCausalLM
+    from langneuron_mi import record
+    from langneuron_mi.models import bundled_folder
+    model, v, text, tokens, batches = ready()
+    hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
+    def hf_body():
+        for b in batches: hf.model(b, use_cache=False)
+    def bridge_body():
+        for b in batches: v.body(b)
+    def recorded(*groups): return lambda: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=groups, progress=False)
+    measured = []
+    best = rates(dict(hf_body=hf_body, bridge_body=bridge_body, record=recorded("counts"), record_moments=recorded("counts", "moments")), tokens, 5, lambda: measured.append(matmul_rate(v)))
+    return dict(limit_tok_s=round(max(measured) / body_flops(v), 1), **{f"{k}_tok_s": round(x, 1) for k, x in best.items()}, matmul_gflop_s=round(max(measured) / 1e9, 1),
+                body_mflop_per_token=round(body_flops(v) / 1e6, 1))
+
+
+def group_speed() -> dict:
+    "Every group beside counts alone: tokens per second, the best of three rounds in turns."
+    from langneuron_mi import record
+    model, v, text, tokens, batches = ready()
+    kept = dict(counts=("counts",)) | {k: ("counts", k) for k in GROUPS[1:]} | dict(all=GROUPS)
+    best = rates({k: lambda g=g: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=g, progress=False) for k, g in kept.items()}, tokens, 3)
+    return dict(groups_tok_s={k: round(x, 1) for k, x in best.items()})
 
 
 def record_peak(tokens: int) -> dict:
@@ -219,50 +236,72 @@ def main() -> None:
     r = dict(machine=f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}", command="make bench",
              versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")} | dict(python=platform.python_version()),
              settings=dict(model="gemma-3-270m (Q4_K_M, dequantised), fp32", window=LENGTH, batch=BATCH))
-    r |= child("speed")
-    r |= {f"record_peak_mb_{n // 1000}k": child("record_peak", str(n))["mb"] for n in (10_000, 100_000)}
-    r |= {f"lape_70b_{k}": x for k, x in zip(("s", "mem_ratio"), child("lape_70b").values())}
-    r |= {f"lambda_70b_{k}": x for k, x in zip(("s", "mem_ratio"), child("lambda_70b").values())}
-    r |= child("text_methods") | child("steering")
-    d = child("demo")
-    r |= dict(demo_s=d["s"], demo_again_s=d["again_s"], demo_peak_mb=d["mb"])
+    for part in PARTS: r |= result(part)
     (HERE / "results.json").write_text(json.dumps(r, indent=1) + "\n")
     table(r)
 
 
+PARTS = ("speed", "group_speed", "windows", "compiled", "recording_peers", "identification_peer", "generation_peers", "tokens_gemma", "tokens_tiny", "shapes",
+         "record_peaks", "lape_70b", "lambda_70b", "text_methods", "steering", "demo")
+
+
+def result(part: str) -> dict:
+    "One part in a process of its own, under the names that results.json has for it."
+    if part == "record_peaks": return {f"record_peak_mb_{n // 1000}k": child("record_peak", str(n))["mb"] for n in (10_000, 100_000)}
+    t = time.perf_counter()
+    got = child(part)
+    if part in ("lape_70b", "lambda_70b"): got = {f"{part}_{k}": x for k, x in zip(("s", "mem_ratio"), got.values())}
+    if part == "demo": got = dict(demo_s=got["s"], demo_again_s=got["again_s"], demo_peak_mb=got["mb"])
+    print(f"{part}: {time.perf_counter() - t:.0f} s", file=sys.stderr)
+    return got
+
+
 def table(r: dict) -> None:
-    "The figures with their ratios."
-    e = r["record_tok_s"]
-    rows = [("limit: matrix-product rate / FLOPs per token", r["limit_tok_s"], f"record reaches {e / r['limit_tok_s']:.2f} of it (to reach: 0.65)"),
-            ("Hugging Face body", r["hf_body_tok_s"], f"{e / r['hf_body_tok_s']:.2f} (0.90)"),
-            ("Hugging Face with logits", r["hf_logits_tok_s"], f"{e / r['hf_logits_tok_s']:.2f}"),
-            ("run_with_cache, then count", r["run_with_cache_tok_s"], f"{e / r['run_with_cache_tok_s']:.2f} (2.2)"),
-            ("record, counts", e, ""), ("record, counts and moments", r["record_moments_tok_s"], f"{r['record_moments_tok_s'] / e:.2f} of counts alone (0.90)"),
-            *[(f"record, counts and {k}", r[f"record_{k}_tok_s"], f"{r[f'record_{k}_tok_s'] / e:.2f}") for k in GROUPS[2:]],
-            ("record, everything", r["record_all_tok_s"], f"{e / r['record_all_tok_s']:.2f} times the time of counts (at most 1.5)")]
+    "The figures with their ratios; what was not measured is left out."
     print(f"{r['machine']}\n")
-    for name, x, note in rows: print(f"{name:<48}{x:>10.1f} tok/s   {note}")
-    print(f"\n{'peak memory of record, 10k and 100k tokens':<48}{r['record_peak_mb_10k']:>8.0f} and {r['record_peak_mb_100k']:.0f} MB   ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)")
-    print(f"{'LAPE, 80 layers x 28,672 x 18 languages':<48}{r['lape_70b_s']:>8.1f} s   (under 20), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)")
-    print(f"{'lambda score, the same, weight by bisection':<48}{r['lambda_70b_s']:>8.1f} s   peak memory {r['lambda_70b_mem_ratio']:.2f} times the input")
-    print(f"{'average precision, 36,864 neurons, 8 x 100 texts':<48}{r['ap_s']:>8.1f} s   (under 60); PLND {r['plnd_s']:.1f} s")
-    print(f"{'LSS, 4 languages x 3 bases x 100 facts':<48}{r['lss_s']:>8.1f} s   {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)")
-    print(f"{'generation, 16 prompts':<48}{r['generation_tok_s']:>8.1f} tok/s   {r['generation_ratio']:.2f} of this speed under an intervention (0.9)")
-    print(f"{'demo':<48}{r['demo_s']:>8.0f} s   (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")
+    def rows(title: str, found: dict, base: float, unit: str = "tok/s", note: str = ""):
+        if found: print(f"{title}{note}")
+        for name, x in found.items(): print(f"  {name:<46}{x:>10.1f} {unit}   {x/base:.2f}")
+    if "bridge_body_tok_s" in r:
+        keys = dict(limit_tok_s="limit: matrix-product rate / FLOPs per token", hf_body_tok_s="Hugging Face body", bridge_body_tok_s="TransformerLens's body", record_tok_s="record, counts", record_moments_tok_s="record, counts and moments")
+        rows("through gemma-3-270m, share of the limit", {n: r[k] for k, n in keys.items()}, r["limit_tok_s"], note=" (to reach: record 0.75)")
+        print(f"  counts and moments over counts alone: {r['record_moments_tok_s']/r['record_tok_s']:.3f} (0.95)")
+    if g := r.get("groups_tok_s"): rows("groups, beside counts alone", g, g["counts"])
+    if p := r.get("recording_peers"):
+        rows("the same counts another way, beside record", p, p["record"], note=" (record at least 2.5 times run_with_cache)")
+        print(f"  record over run_with_cache: {p['record']/p['run_with_cache']:.2f}; counts that differ: {r['recording_peers_differ_by']} of {r['recording_peers_counted']:,}; {r['peer_versions']}")
+    if p := r.get("generation_peers"):
+        rows("generation while neurons are changed, beside none", p, p["none"])
+        print(f"  texts equal to ours, of {r['generation_prompts']}: {r['generation_peers_same_text']}")
+    if p := r.get("identification_peers"): print(f"LAPE, 8 x 36,864: {p['lape']:.3f} s; the double Python loop {p['double_loop']:.2f} s, {p['double_loop']/p['lape']:.0f} times as long")
+    for k in ("tokens_gemma", "tokens_tiny", "layers", "neurons", "languages"):
+        if f"curve_{k}" in r: print(f"time against {k:<14} exponent {r[f'curve_{k}_exponent']}" + (f"; peak memory of the largest over the smallest {r[f'curve_{k}_memory_ratio']}" if f"curve_{k}_memory_ratio" in r else ""))
+    if "attention" in r:
+        for length in sorted({x["length"] for x in r["attention"]}):
+            e, q = (next(x["tok_s"] for x in r["attention"] if x["length"] == length and x["attention"] == a) for a in ("eager", "sdpa"))
+            print(f"window of {length:>5}: eager {e:.0f}, sdpa {q:.0f} tok/s   {q/e:.2f}")
+        print(f"batch size: {r['batch_size_tok_s']} tok/s; auto takes {r['batch_size_auto']}; of {r['counts_total']:,} counts, batch size 1 changes {r['counts_changed_by_batch_size_1']}, sdpa {r['counts_changed_by_sdpa']}")
+    if c := r.get("compiled"): print(f"torch.compile of the body without hooks: {c['compiled_tok_s']/c['plain_tok_s']:.2f} of its speed, after {c['first_call_s']:.0f} s")
+    if "record_peak_mb_10k" in r: print(f"peak memory of record, 10k and 100k tokens: {r['record_peak_mb_10k']:.0f} and {r['record_peak_mb_100k']:.0f} MB, ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)")
+    if "lape_70b_s" in r: print(f"LAPE, 80 layers x 28,672 x 18 languages: {r['lape_70b_s']:.1f} s (under 10), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)")
+    if "lambda_70b_s" in r: print(f"lambda score, the same, weight by bisection: {r['lambda_70b_s']:.1f} s, peak memory {r['lambda_70b_mem_ratio']:.2f} times the input")
+    if "ap_s" in r: print(f"average precision, 36,864 neurons, 8 x 100 texts: {r['ap_s']:.1f} s (under 60); PLND {r['plnd_s']:.1f} s")
+    if "lss_s" in r: print(f"LSS, 4 languages x 3 bases x 100 facts: {r['lss_s']:.1f} s, {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)")
+    if "demo_s" in r: print(f"demo: {r['demo_s']:.0f} s (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")
 
 
 def some(*parts: str) -> None:
-    "Measure some parts again and keep the rest of results.json, which says so."
-    r = json.loads((HERE / "results.json").read_text())
+    "Measure some parts again, each kept when it is done; the rest of results.json stays, and the file says so."
     for p in parts:
-        got = child(p)
-        r |= {f"lambda_70b_{k}": x for k, x in zip(("s", "mem_ratio"), got.values())} if p == "lambda_70b" else got
-    r["measured_later"] = sorted({*r.get("measured_later", []), *parts})
-    (HERE / "results.json").write_text(json.dumps(r, indent=1) + "\n")
-    print(json.dumps({k: r[k] for k in r if k != "settings"}, indent=1))
+        got, path = result(p), HERE / "results.json"
+        r = json.loads(path.read_text())
+        r |= got | dict(measured_later=sorted({*r.get("measured_later", []), p}))
+        path.write_text(json.dumps(r, indent=1) + "\n")
+    table(r)
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 1: main()
     elif sys.argv[1] == "some": some(*sys.argv[2:])
+    elif sys.argv[1] == "table": table(json.loads((HERE / "results.json").read_text()))
     else: print(json.dumps(globals()[sys.argv[1]](*map(int, sys.argv[2:]))))

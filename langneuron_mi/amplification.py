@@ -29,7 +29,7 @@ from .probes import load_probes
 from .recording import record
 from .steering import Steering, _factors, _intervention, factor, lss
 
-# %% ../nbs/34_amplification.ipynb #aaab8440
+# %% ../nbs/34_amplification.ipynb #67e2f4b4
 METHODS = ("lape", "lambda_score", "activation_probability", "average_precision", "plnd", "language_activated")
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class AmplificationStudy:
     positions: str = "all" # which tokens are edited
     held_out_tokens: int = 252 # per language, for the perplexity that a factor costs; 0 = not measured
     prompts: dict = field(default_factory=dict) # {language: [beginning, ...]} to continue; none when empty
+    tasks: dict = field(default_factory=dict) # lm-eval tasks: names, and factors (the first one), data_dir, limit, num_fewshot, controls, batch_size; none when empty
     new_tokens: int = 16 # per continuation
     length: int = 256 # positions per window when recording
     seed: int = 0 # texts, facts, random sets
@@ -71,6 +72,8 @@ class AmplificationStudy:
             raise ValueError(f"{self.method} has no option {', '.join(sorted(unknown))}")
         for name, low in dict(controls=0, texts=1, held_out_tokens=0, new_tokens=1).items():
             if getattr(self, name) < low: raise ValueError(f"{name} must be {low} or more, got {getattr(self, name)}")
+        if self.tasks and (unknown := set(self.tasks) - {"names", "factors", "data_dir", "limit", "num_fewshot", "controls", "batch_size"} or {"names"} - set(self.tasks)):
+            raise ValueError(f"[tasks] needs names, and takes factors, data_dir, limit, num_fewshot, controls and batch_size; look at {', '.join(sorted(unknown))}")
         if not 0 < self.held_out < 1: raise ValueError(f"held_out is a share between 0 and 1, got {self.held_out}")
         if len(set(self.langs)) < 2: raise ValueError(f"langs must name at least two languages, got {list(self.langs)}")
 
@@ -93,7 +96,7 @@ def read_study(path, # a TOML file with fields of `AmplificationStudy`; `models 
     out = Path(given.get("out", "runs/amplification"))
     return [AmplificationStudy(**given | dict(model=m, out=str(out/str(m).split("/")[-1]))) for m in models]
 
-# %% ../nbs/34_amplification.ipynb #c9786307
+# %% ../nbs/34_amplification.ipynb #55cd0027
 @dataclass(frozen=True, eq=False, repr=False)
 class AmplificationResult:
     "What a study found."
@@ -102,6 +105,7 @@ class AmplificationResult:
     neurons: LanguageNeurons
     steering: Steering
     generations: Generations | None
+    tasks: dict # factor -> TaskMatrix
     facts: dict # provenance
 
     def __repr__(self) -> str: return f"AmplificationResult({self.facts['model_id']}; {self.neurons!r}; {self.steering!r})"
@@ -127,7 +131,7 @@ def run(self: AmplificationStudy,
     texts = self._generate(model, neurons, stats, steering, out, progress)
     facts = provenance(**view(model).describe(), study=self._config(), site=stats.site, corpus=train.provenance, found_on=train.fingerprint, measured_on=held_out.fingerprint,
                        n_tokens=stats.n_tokens, neurons=neurons.sizes().to_dict(), probes=dict(source=probes.source, fingerprint=probes.fingerprint), work=steering.work)
-    result = AmplificationResult(self, stats, neurons, steering, texts, facts)
+    result = AmplificationResult(self, stats, neurons, steering, texts, self._tasks(model, neurons, stats, out, progress), facts)
     if report: result.write(out)
     return result
 
@@ -145,7 +149,23 @@ def _generate(self: AmplificationStudy, model, neurons, stats, steering: Steerin
     rows = {(f, kind, t): _intervention(make, neurons, kind, None, t).where(self.positions) for f, make in _factors(self.factors, stats).items() for kind in kinds for t in targets}
     return generate_texts(model, {language(l).code: list(p) for l, p in self.prompts.items()}, rows, max_new_tokens=self.new_tokens, out=out/"texts.json", progress=progress)
 
-# %% ../nbs/34_amplification.ipynb #5831c32b
+# %% ../nbs/34_amplification.ipynb #14a63eb0
+@patch
+def _tasks(self: AmplificationStudy, model, neurons, stats, out: Path, progress: bool) -> dict:
+    "Self, cross and random changes of downstream tasks under the study's factors."
+    if not self.tasks: return {}
+    from langneuron_mi.task_matrix import evaluate_matrix
+    given = dict(self.tasks)
+    names, chosen = given.pop("names"), given.pop("factors", self.factors[:1])
+    found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, cache=out/"answers", progress=progress, **dict(controls=self.controls) | given) for f in chosen}
+    for f, m in found.items(): m.save(out/"tasks"/f"{_file(f)}.safetensors")
+    return found
+
+def _file(name: str) -> str:
+    "A factor as part of a file's name."
+    return name.replace("=", "set_").replace("+", "add_")
+
+# %% ../nbs/34_amplification.ipynb #e256395b
 @patch
 def tables(self: AmplificationResult) -> dict[str, pd.DataFrame]: # by file name, without .csv
     "Tidy tables; `items` has one row a fact, factor and kind."
@@ -153,6 +173,7 @@ def tables(self: AmplificationResult) -> dict[str, pd.DataFrame]: # by file name
     out = dict(summary=s.summary(), lss=s.to_df(), items=s.items, counts=s.counts, neurons=self.neurons.to_df())
     if self.study.controls: out |= dict(difference=s.against_random(), difference_pairs=s.against_random(("factor", "base", "target")))
     if len(s.cost): out["cost"] = s.cost
+    for f, m in self.tasks.items(): out |= {f"tasks_{_file(f)}": m.to_df(), f"tasks_{_file(f)}_headline": m.headline()}
     return out | (dict(texts=self.generations.df, texts_summary=self.generations.summary()) if self.generations is not None else {})
 
 @patch
@@ -160,7 +181,7 @@ def figures(self: AmplificationResult) -> dict: # by name
     "Factor curves, and a matrix of LSS for each factor."
     from langneuron_mi.figures import neurons_per_layer
     return {"factors": self.steering.plot_factors(self.generations), **{f"lss_{f.strip('+=')}": self.steering.plot(f) for f in dict.fromkeys(self.steering.items.factor)},
-            "neurons_per_layer": neurons_per_layer(self.neurons.per_layer())}
+            **{f"tasks_{_file(f)}": m.plot(f"Tasks under {f}: change in points") for f, m in self.tasks.items()}, "neurons_per_layer": neurons_per_layer(self.neurons.per_layer())}
 
 @patch
 def sentences(self: AmplificationResult) -> list[str]:
@@ -174,7 +195,7 @@ def sentences(self: AmplificationResult) -> list[str]:
     if self.study.controls:
         d = self.steering.against_random(("factor",)).set_index("factor").loc[best.factor]
         out.append(f"Random neurons, as many in each layer and given the same kind of value, shifted {d.random:.2f}; the difference is {d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}].")
-    return out
+    return out + [f"Tasks under {f}: {x}" for f, m in self.tasks.items() for x in m.sentences()]
 
 # %% ../nbs/34_amplification.ipynb #1b7f8417
 _page = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>

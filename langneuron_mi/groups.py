@@ -56,7 +56,7 @@ class Group:
 
 groups = {}
 
-# %% ../nbs/08_groups.ipynb #57696762
+# %% ../nbs/08_groups.ipynb #60a3b0e5
 def _zeros(layer: Layer, *shape, dtype=torch.float64) -> Tensor: return torch.zeros(*shape, layer.d_mlp, dtype=dtype, device=layer.device)
 
 def _count(t: dict, s: Seen) -> None:
@@ -64,10 +64,22 @@ def _count(t: dict, s: Seen) -> None:
     full = len(on)//255*255  # at most 255 rows fit a byte: three times as fast as adding booleans up as int64, and exact
     t["count_pos"] += on[:full].view(-1, 255, on.shape[1]).sum(1, dtype=torch.uint8).sum(0) + on[full:].sum(0)
 
+def _blocks(a: Tensor, size: int = 16) -> tuple[Tensor, Tensor]:
+    "The rows in blocks of `size`, and the rows left over."
+    full = len(a)//size*size
+    return a[:full].view(-1, size, a.shape[1]), a[full:]
+
+def _total(a: Float[Tensor, "token neuron"]) -> Float[Tensor, "neuron"]: # float64
+    "Sum over the tokens: float32 within 16 of them, float64 beyond."
+    if a.dtype == torch.float64: return a.sum(0)
+    blocks, rest = _blocks(a)
+    return blocks.sum(1).sum(0, dtype=torch.float64) + rest.sum(0, dtype=torch.float64)
+
 def _moments(t: dict, s: Seen) -> None:
-    t["sum"] += s.a.sum(0, dtype=torch.float64)
-    t["sumsq"] += s.a.square().sum(0, dtype=torch.float64)
-    torch.maximum(t["max"], s.a.amax(0).double(), out=t["max"])
+    t["sum"] += _total(s.a)
+    t["sumsq"] += _total(s.a.square())
+    blocks, rest = _blocks(s.a)
+    for x in ([blocks.amax(1)] if len(blocks) else []) + ([rest] if len(rest) else []): torch.maximum(t["max"], x.amax(0).double(), out=t["max"])
 
 groups["counts"] = Group(lambda l: dict(count_pos=_zeros(l, dtype=torch.int64)), _count, dict(count_pos=torch.add))
 groups["moments"] = Group(lambda l: dict(sum=_zeros(l), sumsq=_zeros(l), max=_zeros(l) - torch.inf), _moments,
@@ -93,12 +105,12 @@ def _edges() -> Float[Tensor, "edge"]: # float64 [N_BINS + 1]
     inf = torch.tensor([torch.inf], dtype=torch.float64)
     return torch.cat([-inf, -up.flip(0), up, inf])
 
-# %% ../nbs/08_groups.ipynb #3a98135b
+# %% ../nbs/08_groups.ipynb #66731fe7
 def _histogram(t: dict, s: Seen) -> None:
     d = s.x.shape[1]
     at = bins(s.a) + torch.arange(d, dtype=torch.int32, device=s.x.device)*N_BINS
     t["hist"] += torch.bincount(at.view(-1), minlength=d*N_BINS).view(d, N_BINS)
-    t["abs"] += s.a.abs().sum(0, dtype=torch.float64)
+    t["abs"] += _total(s.a.abs())
 
 def quantiles(hist: Int[Tensor, "neuron bin"], # tokens in each bin
               levels=LEVELS, # shares of the tokens

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ModelError', 'cache_home', 'bundled_folder', 'ModelView', 'view', 'load_model']
 
-# %% ../nbs/01_models.ipynb #8ad6b1af
+# %% ../nbs/01_models.ipynb #f19413e5
 import copy
 import hashlib
 import importlib
@@ -19,7 +19,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -106,13 +106,15 @@ def _bridge(hf, tokenizer, name: str):
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
                              "TransformerBridge that you made yourself is accepted as it is") from e
 
-# %% ../nbs/01_models.ipynb #f3902552
+# %% ../nbs/01_models.ipynb #84732d56
 def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
-    if device is None and "device_map" not in kwargs: device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
+        raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)
@@ -133,7 +135,7 @@ def _is_bridge(model) -> bool: return any(c.__name__ == "TransformerBridge" for 
 
 def _lens_name(model) -> str: return getattr(model.cfg, "model_name", None) or type(model).__name__
 
-# %% ../nbs/01_models.ipynb #64812d5a
+# %% ../nbs/01_models.ipynb #76964f2c
 class ModelView:
     "The facts and the few operations that the rest of the package needs of a TransformerLens model."
     def __init__(self, model): # a HookedTransformer or TransformerBridge
@@ -142,6 +144,8 @@ class ModelView:
         self.n_layers, self.d_mlp, self.d_model = self.cfg.n_layers, self.cfg.d_mlp, self.cfg.d_model
         self.tokenizer = model.tokenizer
         self._checked = self._fingerprint = self._has_head = None
+        self.attention = "eager" # or what `attend` chose: see the page on speed
+        self._acts = {} # layer -> the module that computes its activation: see `check`
         self.active = [] # names of the interventions that are on
         self.prompt, self.offset, self.prefill = None, 0, None # where the running forward pass is: see `at`
 
@@ -152,7 +156,7 @@ class ModelView:
     @property
     def hf(self): return self.model.original_model if self.is_bridge else None
     @property
-    def device(self) -> torch.device: return next(self.model.parameters()).device
+    def device(self) -> torch.device: return next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     @property
     def dtype(self) -> torch.dtype: return next(self.model.parameters()).dtype
     @property
@@ -203,21 +207,25 @@ def point(self: ModelView, layer: int, kind: str):
                          "(mixtures of experts and MLP-free layers are not supported)")
     return p
 
-# %% ../nbs/01_models.ipynb #b908f507
+# %% ../nbs/01_models.ipynb #117abf45
 @patch
 @contextmanager
 def hooks(self: ModelView,
           triples: Iterable[tuple[int, str, Callable]], # (layer, kind, function of the tensor; returns a tensor to replace it, or None)
          ):
     "Run a block of code with these forward hooks; removes exactly them at the end."
-    added = []
+    added, own = [], []
     try:
         for layer, kind, fn in triples:
+            if kind == "act":
+                own.append(self.act_module(layer).register_forward_hook(lambda mod, args, out, fn=fn: fn(out)))
+                continue
             p = self.point(layer, kind)
             p.add_hook(lambda act, hook, fn=fn: fn(act))
             added.append((p, p.fwd_hooks[-1]))
         yield
     finally:
+        for handle in own: handle.remove()
         for p, handle in added:
             handle.hook.remove()
             p.fwd_hooks[:] = [h for h in p.fwd_hooks if h is not handle]
@@ -309,7 +317,7 @@ def bos_token_id(self: ModelView) -> int | None:
     n = len(with_) - len(without)
     return with_[0] if n > 0 and with_[-len(without):] != with_[:len(without)] and with_[0] in self.tokenizer.all_special_ids else None
 
-# %% ../nbs/01_models.ipynb #d28c3073
+# %% ../nbs/01_models.ipynb #24668f9d
 @patch
 def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
           ) -> Callable: # the model's own function
@@ -324,10 +332,28 @@ def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
     raise ModelError(f"{self.model_id} does not tell the activation function of layer {layer} (cfg.act_fn = {self.cfg.act_fn!r})")
 
 @patch
+def act_module(self: ModelView, layer: int # 0 .. n_layers-1
+              ) -> torch.nn.Module | None:
+    "The module that computes a layer's activation and nothing else, or None when the model has none such."
+    found = self._acts.get(layer)
+    return found if found is not None and found is self.act_fn(layer) else None
+
+@contextmanager
+def _brought_in(module: torch.nn.Module):
+    "The weights that accelerate keeps elsewhere (a disk, another memory), brought in for a block."
+    away = [m for m in module.modules() if any(p.device.type == "meta" for p in m.parameters(recurse=False))]
+    with ExitStack() as stack:
+        if away:
+            from accelerate.utils import align_module_device
+            for m in away: stack.enter_context(align_module_device(m))
+        yield
+
+@patch
 def w_out(self: ModelView, layer: int # 0 .. n_layers-1
          ) -> Float[Tensor, "d_mlp d_model"]: # row i is what neuron i writes, per unit of activation
     "Output weights of a layer's MLP."
-    w = self.model.blocks[layer].mlp.W_out.detach()
+    mlp = self.model.blocks[layer].mlp
+    with _brought_in(mlp): w = mlp.W_out.detach()
     if tuple(w.shape) != (self.d_mlp, self.d_model): raise ModelError(f"W_out of layer {layer} of {self.model_id} is {tuple(w.shape)}, not {(self.d_mlp, self.d_model)}")
     return w
 
@@ -338,7 +364,7 @@ def b_in(self: ModelView, layer: int # 0 .. n_layers-1
     b = getattr(self.model.blocks[layer].mlp, "b_in", None) if self.gated and not self.is_bridge else None
     return b if b is not None and bool((b != 0).any()) else None
 
-# %% ../nbs/01_models.ipynb #3ce72592
+# %% ../nbs/01_models.ipynb #0cce20ce
 @patch
 @torch.no_grad()
 def check(self: ModelView) -> ModelView: # itself
@@ -348,7 +374,8 @@ def check(self: ModelView) -> ModelView: # itself
     if self._checked: return self
     got, kinds = {}, ("pre", "pre_linear", "post") if self.gated else ("pre", "post")
     keep = [(l, k, lambda x, l=l, k=k: got.__setitem__((l, k), x.detach().clone())) for l in range(self.n_layers) for k in kinds]
-    with self.hooks(keep): self.body(torch.arange(2)[None] + 1)
+    with self._watching() as seen, self.hooks(keep): self.body(torch.arange(2)[None] + 1)
+    self._acts = {l: fn for l, (fn, x) in seen.items() if len(x) == 1 and (l, "pre") in got and torch.equal(x[0], fn(got[l, "pre"]))}
     for l in range(self.n_layers):
         for k in kinds:
             _check_fired(self, l, k, got.get((l, k)))
@@ -364,13 +391,23 @@ def check(self: ModelView) -> ModelView: # itself
     self._checked = True
     return self
 
+@patch
+@contextmanager
+def _watching(self: ModelView):
+    "What the modules that may be activation functions of a gated MLP return, by layer."
+    seen = {l: (fn, []) for l in range(self.n_layers) if self.gated and isinstance(fn := self.act_fn(l), torch.nn.Module)}
+    handles = [fn.register_forward_hook(lambda mod, args, out, x=x: x.append(out.detach().clone())) for fn, x in seen.values()]
+    try: yield seen
+    finally:
+        for h in handles: h.remove()
+
 def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     "One error for a hook that did not fire or has another width than the MLP."
     if x is None: raise ModelError(f"hook {v.hook_name(layer, kind)} did not fire: layer {layer} of {v.model_id} was not run, or runs past TransformerLens")
     if x.shape[-1] != v.d_mlp:
         raise ModelError(f"hook {v.hook_name(layer, kind)} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
 
-# %% ../nbs/01_models.ipynb #9e3b99f4
+# %% ../nbs/01_models.ipynb #d4e0ad49
 _facts = weakref.WeakKeyDictionary()  # model object -> what load_model knows about its origin
 
 def load_model(source, # bundled name, hub id, folder, Hugging Face model, HookedTransformer or TransformerBridge
@@ -378,11 +415,15 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
                tokenizer=None, # needed with a Hugging Face model object
                dtype: torch.dtype | None = None, # default: float32 on a CPU, bfloat16 on a GPU
                device: str | None = None, # default: the GPU when there is one
+               attention: str | None = None, # Hugging Face's "sdpa" or "flash_attention_2"; default: TransformerLens's own, with all its hooks
+               device_map=None, # "auto", or {module: device}: spread a model over devices with accelerate
                trust_remote_code: bool = False, # runs code from the hub only when you say so
-               **kwargs, # passed on to `from_pretrained`, e.g. device_map="auto"
+               **kwargs, # passed on to `from_pretrained`
               ): # the TransformerLens object, ready for every function of this package
     "A hooked model from whatever you have."
+    if device_map is not None: kwargs["device_map"] = device_map
     given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
+    recipe = None if isinstance(source, torch.nn.Module) or tokenizer is not None else dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)
     if isinstance(source, torch.nn.Module) and given:
         raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
     if _is_lens(source):
@@ -400,8 +441,9 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
         commit = getattr(hf.config, "_commit_hash", None)
         model = _bridge(hf, tokenizer, folder)
         if commit or revision: name = f"{name}@{commit or revision}"
-    _facts[model] = dict(model_id=name)
+    _facts[model] = dict(model_id=name, recipe=recipe)
     view(model).check()
+    if attention is not None: importlib.import_module("langneuron_mi.speed").attend(model, attention)
     return model
 
 # %% ../nbs/01_models.ipynb #92e092aa
@@ -483,7 +525,7 @@ def _following(self: ModelView, use_cache: bool = True):
         handle.remove()
         self.offset, self.prefill = kept
 
-# %% ../nbs/01_models.ipynb #206eb64b
+# %% ../nbs/01_models.ipynb #8fa919ff
 def _checksum(p: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
     "Two exact integer checksums of a tensor's values in bfloat16; the second depends on the positions."
     flat, sums = p.detach().reshape(-1), torch.zeros(2, dtype=torch.int64, device=p.device)
@@ -495,7 +537,7 @@ def _checksum(p: Tensor, chunk: int = 1 << 22) -> tuple[int, int]:
 
 def _weights_key(model: torch.nn.Module) -> tuple:
     "Changes when a weight is replaced or edited in place, so that a stale fingerprint is never reused."
-    return tuple((p.data_ptr(), p._version, float(p.detach().flatten()[::61].sum())) for p in model.parameters())
+    return tuple((p.data_ptr(), p._version, 0. if p.device.type == "meta" else float(p.detach().flatten()[::61].sum())) for p in model.parameters())
 
 _function = ("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_parameters",
              "rope_scaling", "sliding_window", "layer_types", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
@@ -512,8 +554,12 @@ def fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the weights; the same for fp32 and bf16."
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
-        params = {n.replace("._original_component", ""): p for n, p in (self.hf or self.model).named_parameters()}
-        facts = [(n, list(params[n].shape), _checksum(params[n])) for n in sorted(params)]
+        root, facts = self.hf or self.model, []
+        for name, p in root.named_parameters():
+            module, _, last = name.rpartition(".")
+            with _brought_in(root.get_submodule(module)) if p.device.type == "meta" else nullcontext():
+                facts.append((name.replace("._original_component", ""), list(p.shape), _checksum(root.get_submodule(module)._parameters[last])))
+        facts.sort()
         self._fingerprint = key, hashlib.sha256(json.dumps([self.n_layers, self.d_mlp, _config_facts(self), facts]).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 
@@ -522,9 +568,10 @@ def tokenizer_fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the tokenizer."
     return tokenizer_fingerprint(self.tokenizer)
 
-# %% ../nbs/01_models.ipynb #b6513c8c
+# %% ../nbs/01_models.ipynb #21dd839d
 @patch
 def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."
     return dict(model_id=self.model_id, model=self.fingerprint, tokenizer=self.tokenizer_fingerprint, n_layers=self.n_layers,
-                d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__)
+                d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__,
+                **({} if self.attention == "eager" else dict(attention=self.attention)))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['window_nll', 'PerplexityMatrix', 'check_held_out', 'perplexity_matrix']
 
-# %% ../nbs/20_perplexity.ipynb #2f380fa9
+# %% ../nbs/20_perplexity.ipynb #7d6fb073
+import importlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,20 +145,30 @@ def _measure(v: ModelView, w: TokenWindows, lang: str, batch_size: int, tick) ->
     if np.isnan(nll).any(): raise ValueError(f"the NLL of {lang} text is NaN under this intervention; look at the values it sets")
     return nll
 
-# %% ../nbs/20_perplexity.ipynb #a9178e6b
+# %% ../nbs/20_perplexity.ipynb #2e136dfd
+def _row_path(v: ModelView, w: TokenWindows, intervention: Intervention, columns: list[str], batch_size: int, folder: Path) -> Path:
+    "Where a row is kept, by its content."
+    return folder/f"row-{fingerprint(v.describe(), w.fingerprint, intervention.fingerprint, columns, batch_size)}.safetensors"
+
+def _save_row(path: Path, row: dict[str, np.ndarray], intervention: Intervention) -> None:
+    save_artifact(path, "perplexity_row", {l: torch.from_numpy(x) for l, x in row.items()}, dict(intervention=intervention.name))
+
 def _row(v: ModelView, w: TokenWindows, intervention: Intervention, columns: list[str], batch_size: int, tick, folder: Path | None) -> dict[str, np.ndarray]:
     "NLL per window of each column's text under one intervention; from `folder` when it is there."
-    key = fingerprint(v.describe(), w.fingerprint, intervention.fingerprint, columns, batch_size)
-    path = None if folder is None else folder/f"row-{key}.safetensors"
+    path = None if folder is None else _row_path(v, w, intervention, columns, batch_size, folder)
     if path is not None and path.exists():
         for lang in columns: tick(w.n_tokens(lang))
         kept, _ = load_artifact(path, "perplexity_row")
         return {lang: kept[lang].numpy() for lang in columns}
     with intervention.on(v.model): row = {lang: _measure(v, w, lang, batch_size, tick) for lang in columns}
-    if path is not None: save_artifact(path, "perplexity_row", {l: torch.from_numpy(x) for l, x in row.items()}, dict(intervention=intervention.name))
+    if path is not None: _save_row(path, row, intervention)
     return row
 
-# %% ../nbs/20_perplexity.ipynb #419114f4
+def _rows(v: ModelView, w: TokenWindows, todo: list, batch_size: int, tick, folder: Path | None) -> Iterator[dict[str, np.ndarray]]:
+    "Every row in turn; an engine for many machines has a method of the same form."
+    for _, intervention, columns in todo: yield _row(v, w, intervention, columns, batch_size, tick, folder)
+
+# %% ../nbs/20_perplexity.ipynb #fc4ba9d2
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
                       interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
@@ -170,10 +181,14 @@ def perplexity_matrix(model, # a hooked model
                       seen: Mapping[str, np.ndarray] | None = None, # sketches of identification texts; those of LanguageNeurons are found
                       out: str | Path | None = None, # folder where each finished row is kept, by content; a later call reuses it
                       progress: bool = True,
+                      engine="process", # "ray", or a `RayEngine`: the cells are measured on a cluster
+                      workers: int | None = None, # on the cluster; None = as many as it has room for
+                      address: str | None = None, # of the cluster; None = this machine
                      ) -> PerplexityMatrix:
     "Perplexity of every language's text under every intervention."
+    if engine != "process" and not hasattr(engine, "rows"): return importlib.import_module("langneuron_mi.scaling").on_ray(perplexity_matrix, locals())
     from tqdm.auto import tqdm
-    v, rows = view(model).check(), _as_rows(interventions)
+    v, rows = view(model).check() if engine == "process" else engine.view(model), _as_rows(interventions)
     v.untouched("measuring perplexity")
     _check_tokenizer(interventions, v)
     if ("none", "none") in rows: raise ValueError("('none', 'none') is the row of the untouched model; give the intervention another name")
@@ -186,10 +201,10 @@ def perplexity_matrix(model, # a hooked model
     sizes = {l: [b.shape[1] - 1 for b in w.batches(l, 0, w.n_windows(l)) if b.shape[1] > 1 for _ in b] for l in w.langs}
     nll = {}
     with tqdm(total=sum(w.n_tokens(l) for _, _, ls in todo for l in ls), unit="tok", unit_scale=True, desc="perplexity", disable=not progress) as bar:
-        for (method, of), intervention, columns in todo:
+        measured = (_rows if engine == "process" else engine.rows)(v, w, todo, batch_size, bar.update, None if out is None else Path(out))
+        for (method, of), _, _ in todo:
             bar.set_postfix_str(f"{method} {of}")
-            row = _row(v, w, intervention, columns, batch_size, bar.update, None if out is None else Path(out))
-            nll |= {(method, of, lang): x for lang, x in row.items()}
+            nll |= {(method, of, lang): x for lang, x in next(measured).items()}
     facts = provenance(**v.describe()) | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=seed)
     return PerplexityMatrix(nll, {l: np.array(sizes[l]) for l in w.langs}, {l: _predicted_bytes(w, v, l) for l in w.langs}, facts)
 

@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'RecordingError', 'Shard', 'shards', 'Recorder', 'record', 'TokenActivations', 'cache_activations']
 
-# %% ../nbs/10_recording.ipynb #ad80b0ef
+# %% ../nbs/10_recording.ipynb #5c12cb54
+import importlib
+import json
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .activation_stats import ActivationStats, _sorted_out, check_site, load_texts, save_texts
-from .artifacts import ArtifactError, fingerprint, load_artifact, save_artifact, save_json
+from .artifacts import ArtifactError, fingerprint, load_artifact, read_header, save_artifact, save_json
 from .corpora import Corpus, load_corpus
 from .groups import Layer, Seen, choose, finish, groups, merge
 from .languages import language
 from .models import ModelView, view
+from .speed import batch_sizes, fastest
 from .windows import TokenWindows, pack
 
 # %% ../nbs/10_recording.ipynb #bd6c862c
@@ -50,13 +54,39 @@ def shards(windows: TokenWindows, # packed text
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
-# %% ../nbs/10_recording.ipynb #33b4ca40
+# %% ../nbs/10_recording.ipynb #5257dac4
 @dataclass
 class _Batch:
-    "What the hooks must know of the forward pass that is running."
-    keep: Tensor | None = None # bool [window, pos], False for BOS and pads; None = only a BOS to drop
+    "One forward pass: what to feed, and what the hooks must know of it."
+    ids: Tensor # [window, pos], pads 0
+    n: int # tokens of the text in it
+    mask: Tensor | None = None # [window, pos], 1 = BOS or token; None = no pads
+    rows: Tensor | None = None # int64, positions of the tokens in the flattened batch; None = only a BOS to drop
     texts: Tensor | None = None # float [text, token], 1 where a token belongs to a text that is kept
     span: slice = field(default_factory=lambda: slice(0)) # which texts of the shard
+    _at: dict = field(default_factory=dict) # copies of rows and texts by device: layers may be on several
+
+    def to(self, device: torch.device) -> "_Batch":
+        "On the device; to a GPU from pinned memory, so that nobody waits for the copy."
+        if device.type == "cuda":
+            self.ids, self.mask, self.rows, self.texts = (None if x is None else x.pin_memory() for x in (self.ids, self.mask, self.rows, self.texts))
+            self.ids, self.mask = (None if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.mask))
+        self.on(device)
+        return self
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        "`rows` and `texts` on a layer's device, copied there once."
+        if device not in self._at: self._at[device] = tuple(None if x is None else x.to(device, non_blocking=True) for x in (self.rows, self.texts))
+        return self._at[device]
+
+def _ahead(batches: Iterator[_Batch], device: torch.device) -> Iterator[_Batch]:
+    "Each batch, with the next one already made and on its way."
+    ready = None
+    for batch in batches:
+        batch.to(device)
+        if ready is not None: yield ready
+        ready = batch
+    if ready is not None: yield ready
 
 class Recorder:
     "Runs shards through a model and reduces their activations inside the hooks."
@@ -80,28 +110,46 @@ class Recorder:
         "Texts of a language that are kept one by one: the first ones that are in the windows to their end."
         return min(self.texts, windows.whole[lang]) if self.texts else 0
 
-    def _fresh(self, layer: int, n_texts: int) -> dict[str, Tensor]:
-        device = next(self.view.model.blocks[layer].parameters()).device
+    def _fresh(self, layer: int, n_texts: int, device: torch.device) -> dict[str, Tensor]:
+        "Empty sums of a layer, on the device where its activations are."
         facts = Layer(self.view.d_mlp, device, n_texts)
         with_norm = Layer(self.view.d_mlp, device, n_texts, self.norms[layer].to(device)) if self.norms else facts
         state = {k: t for gs in self.by_kind.values() for g in gs for k, t in g.init(with_norm if g.needs_norm else facts).items()}
         return state | {f"_sum_{kind}": torch.zeros((), device=device) for kind in self.by_kind}
 
-# %% ../nbs/10_recording.ipynb #56d314a3
-@patch
-def _hook(self: Recorder, layer: int, kind: str, state: dict[str, Tensor], batch: _Batch, skip: int, fired: dict) -> Callable:
-    "The reducing hook of one layer at one hook point."
-    act = self.view.act_fn(layer) if kind == "pre" else None
-    def hook(x):
-        if x.shape[-1] != self.view.d_mlp:
-            raise RecordingError(f"hook {self.view.hook_name(layer, kind)} has width {x.shape[-1]}, but d_mlp is {self.view.d_mlp}")
-        x = x.detach()
-        x = x[:, skip:].reshape(-1, x.shape[-1]) if batch.keep is None else x[batch.keep.to(x.device)]
-        seen = Seen(x, act, None if batch.texts is None else batch.texts.to(x.device), batch.span)
-        for g in self.by_kind[kind]: g.update(state, seen)
+# %% ../nbs/10_recording.ipynb #a6abcad6
+class _Pass:
+    "The hooks of one shard: they share the batch that is running."
+    def __init__(self, recorder: Recorder, n_texts: int, skip: int):
+        self.r, self.v, self.n_texts, self.skip, self.batch = recorder, recorder.view, n_texts, skip, None
+        self.states = [{} for _ in range(self.v.n_layers)]
+        self.fired = {(l, kind): 0 for l in range(self.v.n_layers) for kind in recorder.by_kind}
+        self.waiting = {} # layer -> what entered the activation function
+
+    def tokens(self, x: Tensor, layer: int, kind: str) -> Tensor: # [token, neuron]
+        "The rows of a hooked tensor that are tokens of the text."
+        if x.shape[-1] != self.v.d_mlp: raise RecordingError(f"hook {self.v.hook_name(layer, kind)} has width {x.shape[-1]}, but d_mlp is {self.v.d_mlp}")
+        rows, _ = self.batch.on(x.device)
+        return x.detach()[:, self.skip:].reshape(-1, x.shape[-1]) if rows is None else x.detach().reshape(-1, x.shape[-1])[rows]
+
+    def update(self, layer: int, kind: str, x: Tensor, act=None) -> None:
+        "Hand one layer's tokens to the groups."
+        if not (state := self.states[layer]): state.update(self.r._fresh(layer, self.n_texts, x.device))
+        seen = Seen(x, act, self.batch.on(x.device)[1], self.batch.span)
+        for g in self.r.by_kind[kind]: g.update(state, seen)
         state[f"_sum_{kind}"] += x.sum(dtype=torch.float32)
-        fired[layer, kind] += len(x)
-    return hook
+        self.fired[layer, kind] += len(x)
+
+    def hooks(self) -> list: # (layer, kind, function)
+        "One hook for each layer and kind, or two where the activation is read from its own module."
+        out = []
+        for l, kind in self.fired:
+            if kind == "post": out.append((l, kind, lambda x, l=l: self.update(l, "post", self.tokens(x, l, "post"))))
+            elif len(self.r.by_kind[kind]) > 1 and self.v.act_module(l) is not None:  # counts alone need no value
+                out += [(l, "pre", lambda x, l=l: self.waiting.__setitem__(l, x)),
+                        (l, "act", lambda a, l=l: self.update(l, "pre", self.tokens(self.waiting.pop(l), l, "pre"), lambda x, a=a: self.tokens(a, l, "pre")))]
+            else: out.append((l, kind, lambda x, l=l, act=self.v.act_fn(l): self.update(l, "pre", self.tokens(x, l, "pre"), act)))
+        return out
 
 @patch
 @torch.inference_mode()
@@ -111,28 +159,47 @@ def run(self: Recorder,
         tick: Callable[[int], None] = lambda n: None, # told the tokens done, for a progress bar
        ) -> tuple[dict[str, Tensor], int]: # tensors [layer, ...] on the CPU, and the tokens counted
     "Reduce one shard."
-    v, skip, batch, n = self.view, int(windows.bos_token_id is not None), _Batch(), 0
-    span = self.text_span(windows, shard)
-    states = [self._fresh(l, span.stop - span.start) for l in range(v.n_layers)]
-    fired = {(l, kind): 0 for l in range(v.n_layers) for kind in self.by_kind}
-    with v.hooks([(l, kind, self._hook(l, kind, states[l], batch, skip, fired)) for l, kind in fired]):
-        for a, b, ids in _batches(windows, shard, self.batch_size):
-            real = ids >= 0
-            batch.keep = None if (full := bool(real.all())) else real & (torch.arange(ids.shape[1]) >= skip)
-            batch.texts, batch.span = self._text_rows(windows, shard.lang, a, b, span)
-            v.body(ids.clamp_min(0), None if full else real.long())
-            n += b - a
-            tick(b - a)
-    self._verify(states, fired, n, shard)
-    return {k: torch.stack([s[k].cpu() for s in states]) for k in states[0] if not k.startswith("_")}, n
+    v, span, n = self.view, self.text_span(windows, shard), 0
+    work = _Pass(self, span.stop - span.start, int(windows.bos_token_id is not None))
+    with v.hooks(work.hooks()):
+        for work.batch in _ahead(self._batches(windows, shard, span), v.device):
+            v.body(work.batch.ids, work.batch.mask)
+            n += work.batch.n
+            tick(work.batch.n)
+    self._verify(work, n, shard)
+    return {k: _gathered([s[k] for s in work.states]) for k in work.states[0] if not k.startswith("_")}, n
 
-# %% ../nbs/10_recording.ipynb #0ae250a4
-def _batches(windows: TokenWindows, shard: Shard, size: int) -> Iterator[tuple[int, int, Int[Tensor, "batch pos"]]]:
-    "Token ids of a shard, and which tokens of the stream they are, in batches."
-    for i in range(shard.start, shard.stop, size):
-        for ids in windows.batches(shard.lang, i, min(i + size, shard.stop)):
-            yield *windows.span(shard.lang, i, i + len(ids)), ids
+@patch
+def trial(self: Recorder, windows: TokenWindows, size: int) -> float: # tokens per second
+    "How fast a forward pass of `size` windows is; nothing is kept."
+    lang, kept = max(windows.langs, key=windows.n_windows), self.batch_size
+    self.batch_size, start = size, time.perf_counter()
+    try: return self.run(windows, Shard(0, lang, 0, min(size, windows.n_windows(lang))))[1]/(time.perf_counter() - start)
+    finally: self.batch_size = kept
+
+@patch
+def measured_batch_size(self: Recorder, windows: TokenWindows, largest: int) -> int:
+    "The fastest number of windows for one forward pass, up to a shard, that memory has room for."
+    return fastest(lambda size: self.trial(windows, size), batch_sizes(self.view, windows.length, largest))
+
+def _gathered(layers: list[Tensor]) -> Tensor: # [layer, ...] on the CPU
+    "All layers of one tensor in one transfer per device."
+    if len({x.device for x in layers}) == 1: return torch.stack(layers).cpu()
+    return torch.stack([x.cpu() for x in layers])
+
+# %% ../nbs/10_recording.ipynb #e7903940
+@patch
+def _batches(self: Recorder, windows: TokenWindows, shard: Shard, texts: slice) -> Iterator[_Batch]:
+    "The forward passes of a shard."
+    skip = int(windows.bos_token_id is not None)
+    for i in range(shard.start, shard.stop, self.batch_size):
+        for ids in windows.batches(shard.lang, i, min(i + self.batch_size, shard.stop)):
+            a, b = windows.span(shard.lang, i, i + len(ids))
             i += len(ids)
+            kept, span = self._text_rows(windows, shard.lang, a, b, texts)
+            real = ids >= 0
+            if bool(real.all()): yield _Batch(ids, b - a, texts=kept, span=span)
+            else: yield _Batch(ids.clamp_min(0), b - a, real.long(), (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0], kept, span)
 
 def _text_at(windows: TokenWindows, lang: str, positions: np.ndarray) -> np.ndarray:
     "Which text each position of the stream belongs to."
@@ -155,21 +222,22 @@ def _text_rows(self: Recorder, windows: TokenWindows, lang: str, a: int, b: int,
     return torch.from_numpy((text[None] == rows[:, None]).astype(np.float32)), slice(int(rows[0]) - span.start, int(rows[-1]) + 1 - span.start)
 
 @patch
-def _verify(self: Recorder, states: list, fired: dict, n: int, shard: Shard) -> None:
+def _verify(self: Recorder, work: _Pass, n: int, shard: Shard) -> None:
     "Every hook fired on every token, and every activation was finite."
-    for (l, kind), got in fired.items():
-        name = self.view.hook_name(l, kind)
-        if got != n: raise RecordingError(f"hook {name} saw {got} of {n} tokens (shard {shard.number}, {shard.lang}): counts would be wrong")
-        if not torch.isfinite(states[l][f"_sum_{kind}"]):
-            raise RecordingError(f"activations of layer {l} ({name}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
+    for (l, kind), got in work.fired.items():
+        if got != n: raise RecordingError(f"hook {self.view.hook_name(l, kind)} saw {got} of {n} tokens (shard {shard.number}, {shard.lang}): counts would be wrong")
+    for kind in self.by_kind:
+        for l in _gathered([s[f"_sum_{kind}"] for s in work.states]).isfinite().logical_not().nonzero()[:1, 0].tolist():
+            raise RecordingError(f"activations of layer {l} ({self.view.hook_name(l, kind)}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
                                  "load the model in float32 or bfloat16, or look at its weights")
 
-# %% ../nbs/10_recording.ipynb #4f3daa13
+# %% ../nbs/10_recording.ipynb #7866dbb7
 @dataclass(frozen=True)
 class _Run:
     "The folder of a recording and the configuration it belongs to."
     folder: Path | None
     config: dict
+    saved: Callable[[], None] = lambda: None # told after every checkpoint
     @property
     def key(self) -> str: return fingerprint(self.config)
     def path(self, lang: str | None = None) -> Path: return self.folder/("stats.safetensors" if lang is None else f"part-{lang}.safetensors")
@@ -194,10 +262,22 @@ def checkpoint(self: _Run, lang: str, total: dict[str, Tensor], done: int, n: in
     "Write a language's sums so far, atomically."
     if self.folder is not None:
         save_artifact(self.path(lang), "recording_part", total, dict(config=self.config, done=done, n_tokens=n))
+        self.saved()
 
-# %% ../nbs/10_recording.ipynb #6dd896c1
 @patch
-def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, tick: Callable, every: float) -> tuple[dict, int]:
+def done(self: _Run, lang: str) -> int:
+    "Shards of a language that its checkpoint holds."
+    if self.folder is None or not self.path(lang).exists(): return 0
+    return read_header(self.path(lang))["meta"].get("done", 0)  # `resume` checks the rest
+
+# %% ../nbs/10_recording.ipynb #0e70acd6
+@patch
+def parts(self: Recorder, windows: TokenWindows, todo: list[Shard], tick: Callable) -> Iterator[tuple[dict, int]]:
+    "What `run` gives for each shard, in their order; an engine for many machines has a method of the same form."
+    for shard in todo: yield self.run(windows, shard, tick)
+
+@patch
+def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, parts: Iterator, tick: Callable, every: float) -> tuple[dict, int]:
     "All shards of one language, going on from its checkpoint, and what is left of their sums."
     lang, n_texts = todo[0].lang, self.kept_texts(windows, todo[0].lang)
     total, done, n = run.resume(lang)
@@ -205,7 +285,7 @@ def _language(self: Recorder, windows: TokenWindows, todo: list[Shard], run: _Ru
     kept, last = done, time.monotonic()
     try:
         for shard in todo[done:]:
-            part, counted = self.run(windows, shard, tick)
+            part, counted = next(parts)
             total, n, done = merge(total, part, self.text_span(windows, shard), n_texts), n + counted, done + 1
             if done == len(todo) or time.monotonic() - last >= every:
                 run.checkpoint(lang, total, done, n)
@@ -226,7 +306,14 @@ def _check_texts(self: Recorder, windows: TokenWindows) -> None:
                                         "keep something per text; raise tokens=, or give shorter texts")
         if n < self.texts: warnings.warn(f"{lang} has {n} whole texts, fewer than texts={self.texts}: its text statistics are of these {n}", stacklevel=3)
 
-# %% ../nbs/10_recording.ipynb #d7bb376c
+# %% ../nbs/10_recording.ipynb #b3fd6f21
+def _kept_batch_size(config: dict, out) -> int | None:
+    "The batch size with which a recording in `out`, otherwise the same, was begun."
+    path = None if out is None else Path(out)/"config.json"
+    if path is None or not path.exists(): return None
+    found = json.loads(path.read_text())
+    return found["batch_size"] if found == config | dict(batch_size=found.get("batch_size")) else None
+
 def record(model, # a hooked model, from load_model
            corpus: Corpus | dict, # texts by language
            *, tokens: int | None = None, # per language; None = all there is
@@ -236,42 +323,49 @@ def record(model, # a hooked model, from load_model
            layout: str = "packed", # or "texts": every text read alone
            site: str = "gate", # "gate" or "post"
            length: int = 256, # positions per window, BOS included
-           batch_size: int = 8, # windows per forward pass
+           batch_size: int | str = 8, # windows per forward pass; "auto" measures a few
            shard_size: int = 16, # windows per shard
            seed: int = 0, # order of the texts
            out: str | Path | None = None, # folder; with it the run is resumable
            checkpoint_every: float = 20., # seconds
            progress: bool = True, # a bar with tokens/s and the time left, on stderr
+           engine="process", # "ray", or a `RayEngine`: the same shards on a cluster, with the same bits
+           workers: int | None = None, # on the cluster; None = as many as it has room for
+           address: str | None = None, # of the cluster; None = this machine
           ) -> ActivationStats:
     "Count, for every neuron and language, the tokens on which it is active."
-    v = view(model)
+    if engine != "process" and not hasattr(engine, "parts"): return importlib.import_module("langneuron_mi.scaling").on_ray(record, locals())
+    v = view(model) if engine == "process" else engine.view(model)
     v.untouched("recording")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     windows = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id, layout=layout)
-    recorder = Recorder(v, groups, site, batch_size, texts)
+    auto = batch_size == "auto"
+    recorder = Recorder(v, groups, site, 8 if auto else batch_size, texts)
     config = v.describe() | dict(langs=list(windows.langs), windows=windows.fingerprint, corpus=corpus.fingerprint, length=windows.length, seed=seed,
-                                 bos=windows.bos_token_id, site=site, groups=list(recorder.names), texts=recorder.texts, layout=layout, batch_size=batch_size, shard_size=shard_size)
-    run = _Run(None if out is None else Path(out), config)
+                                 bos=windows.bos_token_id, site=site, groups=list(recorder.names), texts=recorder.texts, layout=layout, batch_size=recorder.batch_size, shard_size=shard_size)
+    if auto: config["batch_size"] = recorder.batch_size = _kept_batch_size(config, out) or recorder.measured_batch_size(windows, shard_size)
+    run = _Run(None if out is None else Path(out), config, getattr(engine, "saved", _Run.saved))
     if run.folder is not None: save_json(run.folder/"config.json", config)  # an unwritable folder is an error now, not after the work
     if run.folder is not None and run.path().exists():
         stats = ActivationStats.load(run.path())
         run.check_config({k: stats.meta.get(k) for k in config}, run.path())
         return stats
     recorder._check_texts(windows)
-    return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every)
+    return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every, Recorder if engine == "process" else engine)
 
-# %% ../nbs/10_recording.ipynb #04ed2614
-def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float) -> ActivationStats:
+# %% ../nbs/10_recording.ipynb #c24b13ab
+def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float, engine) -> ActivationStats:
     "Every language in turn, then the finished artifact; text statistics are written, and let go, language by language."
     from tqdm.auto import tqdm
     by_lang = {lang: [s for s in todo if s.lang == lang] for lang in windows.langs}
     bar = tqdm(total=sum(windows.n_tokens(l) for l in windows.langs), unit="tok", unit_scale=True, desc="recording", disable=not progress)
     results, n, texts, sums = {}, {}, {}, {}
+    left = [s for lang in windows.langs for s in by_lang[lang][run.done(lang):]]
     try:
-        with bar:
+        with bar, closing(engine.parts(recorder, windows, left, bar.update)) as parts:
             for lang in windows.langs:
                 bar.set_postfix_str(language(lang).name)
-                results[lang], n[lang] = recorder._language(windows, by_lang[lang], run, bar.update, every)
+                results[lang], n[lang] = recorder._language(windows, by_lang[lang], run, parts, bar.update, every)
                 texts[lang] = {k: results[lang].pop(k) for k in ("text_means", "impact") if k in results[lang]}
                 if texts[lang] and run.folder is not None:
                     sums[lang] = save_texts(run.path(), lang, texts[lang])

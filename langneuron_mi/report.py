@@ -17,7 +17,7 @@ from .comparison import MEASURES, ExperimentResult, selectivities
 from .figures import figure_html, save_figures
 from .languages import language
 
-# %% ../nbs/33_report.ipynb #9c17562f
+# %% ../nbs/33_report.ipynb #4e3cdd45
 def _names(langs) -> str:
     "English names of languages, joined."
     names = [language(l).name for l in langs]
@@ -44,7 +44,7 @@ def _beside(self: ExperimentResult) -> list[str]: # none where nothing was measu
     big, core = (("ablate all-shared", ppl), ("ablate random all-shared", ppl)), (("ablate most-shared", ppl), ("ablate random most-shared", ppl))
     out = []
     if has(*big, *core):
-        (a, ra), (m, rm) = ([f"{t.others[k]:.3g}" for k in pair] for pair in (big, core))
+        (a, ra), (m, rm) = ([f"{x:,.0f}" if (x := t.others[k]) > 100 else f"{x:.3g}" for k in pair] for pair in (big, core))
         out.append(f"Switching off the {t['size'][core[0]]:,.0f} neurons most often shared by all languages multiplied perplexity by {m} (random: {rm}), switching off all {t['size'][big[0]]:,.0f} shared ones by {a} "
                    f"(random: {ra}). For the languages' own neurons, the effect on their own language over the effect on the others was {t.selectivity['ablate own', ppl]:.2f}.")
     if has(("ablate own", answer), ("ablate random", answer)):

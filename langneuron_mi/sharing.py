@@ -7,10 +7,11 @@ __all__ = ['CATEGORIES', 'TOKENS', 'AMONG', 'of_count', 'categories', 'check_pro
            'input_categories', 'category_sets', 'Sharing', 'sharing', 'answer_tokens', 'left_pad', 'CategoryEffect',
            'category_effect']
 
-# %% ../nbs/23_sharing.ipynb #c24d71c3
+# %% ../nbs/23_sharing.ipynb #579456f9
+import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -169,7 +170,7 @@ class Sharing:
     def __repr__(self) -> str:
         return f"Sharing({self.n_inputs} inputs in {', '.join(self.langs)}; {self.shape[0]} layers × {self.shape[1]:,}, {self.token} token, theta={', '.join(f'{t:g}' for t in self.theta)}, site={self.site!r})"
 
-# %% ../nbs/23_sharing.ipynb #8cdf10ef
+# %% ../nbs/23_sharing.ipynb #023827b6
 def _tasks(task: str | Sequence[str], n: int) -> tuple[str, ...]:
     "A label for each of n inputs."
     tasks = (task,)*n if isinstance(task, str) else tuple(map(str, task))
@@ -184,25 +185,32 @@ def sharing(model, # a hooked model, from load_model
             task: str | Sequence[str] = "", # a label for all items or for each
             batch_size: int = 8, # items per step
             progress: bool = True,
+            engine="process", # "ray", or a `RayEngine`: the batches are read on a cluster
+            workers: int | None = None, # on the cluster; None = as many as it has room for
+            address: str | None = None, # of the cluster; None = this machine
            ) -> Sharing:
     "Which neurons do all languages share, which only some, which one, on each parallel input (arXiv 2406.09265)."
+    if engine != "process" and not hasattr(engine, "batches"): return importlib.import_module("langneuron_mi.scaling").on_ray(sharing, locals())
     from tqdm.auto import tqdm
-    v = view(model)
+    v = view(model) if engine == "process" else engine.view(model)
     v.untouched("sharing")
     prompts = check_prompts(v, prompts)
     n, langs = len(next(iter(prompts.values()))), tuple(prompts)
     reader = Reader(v, tuple(map(float, theta if isinstance(theta, Sequence) else [theta])), token, site)
     tasks, counts, specific, per_input = _tasks(task, n), 0, 0, []
     with tqdm(total=n*len(langs), unit="prompt", desc="sharing", disable=not progress) as bar:
-        for i in range(0, n, batch_size):
-            batch = {lang: p[i:i + batch_size] for lang, p in prompts.items()}
-            count, own, held = _batch(reader, batch, bar.update)
+        todo = [{lang: p[i:i + batch_size] for lang, p in prompts.items()} for i in range(0, n, batch_size)]
+        for count, own, held in (_batches if engine == "process" else engine.batches)(reader, todo, bar.update):
             counts, specific = counts + count, specific + own
             per_input.append(held)
     facts = provenance(**v.describe()) | dict(prompts=fingerprint(prompts), batch_size=batch_size)
     return Sharing(langs, reader.thetas, token, site, counts.cpu(), specific.cpu(), torch.cat(per_input, 1).cpu(), tasks, facts)
 
-# %% ../nbs/23_sharing.ipynb #d1feb7d1
+# %% ../nbs/23_sharing.ipynb #31c12a02
+def _batches(reader: Reader, todo: list[dict[str, list[str]]], tick: Callable) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    "What `_batch` gives for each batch; an engine for many machines has a method of the same form."
+    for prompts in todo: yield _batch(reader, prompts, tick)
+
 def _batch(reader: Reader, prompts: dict[str, list[str]], tick: Callable) -> tuple[Tensor, Tensor, Tensor]: # counts over inputs, by language at the first theta, per input
     "Categories of a batch of items, reduced to counts."
     count = which = 0

@@ -1,5 +1,6 @@
 "The study of one file, on tiny models of the paper's architectures, from the command line to the report."
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -37,7 +38,8 @@ def test_amplification_preset_plumbing_on_tiny_models(place, capsys):
                            out=json.dumps(str(place/"out")), held_out="0.3", held_out_tokens="20", texts="4", controls="1", new_tokens="3", tokens="120").items():
         lines = [l for l in head.splitlines() if not l.startswith((f"{key} =", '          "SeaLLMs'))]
         head = "\n".join(lines) + f"\n{key} = {value}"
-    (place/"study.toml").write_text(head + '\n[method_options]\ntop = 0.2\nfilter = 0.5\nbar = 0.5\n[prompts]\nen = ["The most"]\n', encoding="utf-8")
+    tasks = f'[tasks]\nnames = ["xwinograd_en", "xnli_vi"]\nfactors = ["x2", "=0"]\ndata_dir = "{Path(__file__).parent/"data"/"tasks"}"\nlimit = 2\n'
+    (place/"study.toml").write_text(head + '\n[method_options]\ntop = 0.2\nfilter = 0.5\nbar = 0.5\n[prompts]\nen = ["The most"]\n' + tasks, encoding="utf-8")
     assert main(["steer", str(place/"study.toml")]) == 0
     said = capsys.readouterr().out
     assert said.count("report: ") == 2 and "Random neurons" in said
@@ -47,6 +49,8 @@ def test_amplification_preset_plumbing_on_tiny_models(place, capsys):
         summary = pd.read_csv(out/"tables"/"summary.csv")
         assert set(summary.factor) == {"p_max", "p_median", "=0", "set10p", "setmax", "plusmax", "x2", "x10"} and set(summary.kind) == {"own", "random 0"}
         assert set(pd.read_csv(out/"tables"/"lss.csv").columns) >= {"base", "target", "lss", "low", "high", "n"}
+        tasks = pd.read_csv(out/"tables"/"tasks_set_0.csv")
+        assert len(tasks) == 12 and set(tasks.kind) == {"own", "random 0"} and "Tasks under x2: Accuracy changed by" in said
     before = (place/"out"/"qwen2"/"tables"/"lss.csv").read_bytes()
     assert main(["steer", str(place/"study.toml"), "--model", str(place/"qwen2"), "--out", str(place/"out"/"qwen2"), "--factors", "p_max"]) == 0
     again = pd.read_csv(place/"out"/"qwen2"/"tables"/"lss.csv")

@@ -252,3 +252,7 @@ def test_comparison_shared_sets_of_nothing(toy):
     _, e, r = toy
     assert shared_sets(None, r.neurons) == {}
     assert set(shared_sets(r.sharing, r.neurons, .5)) == {"all-shared", "most-shared"}
+
+
+def test_comparison_preset_is_the_demo():
+    assert read_experiment("experiments/comparison.toml") == replace(Experiment(), out="runs/demo")
