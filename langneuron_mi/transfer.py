@@ -106,7 +106,7 @@ def compare(self: TransferResult,
                          low_items=items.low, high_items=items.high, n_seeds=len(pairs), n_items=len(mean), trainable=self.trainable[c, on]))
     return pd.DataFrame(rows, columns=["condition", "reference", "tuned_on", "measure", "lang", "value", "before", "effect", "low", "high", "low_items", "high_items", "n_seeds", "n_items", "trainable"])
 
-# %% ../nbs/38_transfer.ipynb #10f0ac87
+# %% ../nbs/38_transfer.ipynb #b29470a2
 @patch
 def plot(self: TransferResult,
          measure: str = "perplexity", # or "all-shared", "accuracy", "em", "f1" ...
@@ -124,7 +124,7 @@ def plot(self: TransferResult,
     title = f"{'Share of ' + measure + ' neurons' if share else measure.capitalize()} after tuning for {lang_name(df.tuned_on.iloc[0])}"
     x_title = ("ratio to " if measure == "perplexity" else "points of change against " if share else "change against ") + condition_name(reference)
     df, row = df.sort_values("lang", key=lambda l: l != df.tuned_on.iloc[0], kind="stable"), "group" if df.lang.nunique() == 1 else "lang"
-    wide = measure == "perplexity" and float(np.abs(np.log(df[["effect", "low", "high"]])).max(axis=None)) > np.log(2)  # a narrow range has no round ticks on a log axis
+    wide = measure == "perplexity" and bool(np.abs(np.log(df[["effect", "low", "high"]])).max(axis=None) > np.log(2))  # a narrow range has no round ticks on a log axis
     return dot_interval(df, "effect", "low", "high", row, None if row == "group" else "group", reference=1. if measure == "perplexity" else 0., log=wide, title=title, x_title=x_title)
 
 @patch
