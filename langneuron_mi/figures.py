@@ -393,7 +393,9 @@ def _reach(values: np.ndarray, measure: str) -> tuple[list[float], float, dict]:
     if log:
         low, high = math.log10(min(low, .8)), math.log10(max(high, 2))
         pad, inf = .1 * (high - low), np.isposinf(values).any()
-        return [low - pad, high + pad * (1 + inf)], 10**(high + pad), _few_ticks(10**low, 10**high, 10**(high + pad) if inf else None)
+        ticks = _few_ticks(10**low, 10**high, 10**(high + pad) if inf else None)
+        ends = [math.log10(t) for t in ticks["tickvals"]]  # a round number just outside is on the axis too
+        return [min(low - pad, *ends), max(high + pad * (1 + inf), *ends)], 10**(high + pad), ticks
     whole = any(w in measure.lower() for w in ("lss", "share")) and -.5 < low <= high < 1.5 and none != 0
     low, high = (min(low, 0), max(high, 1)) if whole else (low, high if high > low else low + 1)
     pad = .06 * (high - low)
