@@ -53,8 +53,9 @@ class Plain:
         for p in self.procs: self.expect(p, "ready")
 
     def expect(self, p, word: str) -> None:
-        while (line := p.stdout.readline()).strip() != word:
-            if not line: raise SystemExit(f"a plain process ended with code {p.wait()}")
+        for line in p.stdout:
+            if line.strip() == word: return
+        raise SystemExit(f"a plain process ended with code {p.wait()}")
 
     def run(self, jobs: list) -> float:
         "Seconds until all jobs, one a process, are done."
@@ -118,10 +119,14 @@ def measure(tokens: int, rounds: int) -> dict:
     import torch
     torch.set_num_threads(1)
     text, half, best = corpus(), tokens // 2, {}
-    keep = lambda name, s: best.__setitem__(name, max(best.get(name, 0), round(tokens / s, 1)))
+    def keep(name, s):
+        best[name] = max(best.get(name, 0), round(tokens / s, 1))
+        print(f"{name}: {tokens / s:.1f}", file=sys.stderr, flush=True)
     plain = Plain(2)
+    print("two processes have loaded the model", file=sys.stderr, flush=True)
     with RayEngine(workers=2) as engine:
         record("gemma-3-270m", text, tokens=1020, engine=engine, **ARGS)  # both workers have loaded
+        print("two Ray workers have loaded it", file=sys.stderr, flush=True)
         for _ in range(rounds):
             keep("two_processes_tok_s", plain.run([(["en"], half), (["de"], half)]))
             t = time.perf_counter()

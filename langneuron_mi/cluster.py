@@ -215,14 +215,14 @@ def pool(self: RayEngine, recipe: Recipe, same: dict | None):
     if self._pool is None: self._pool = Pool(self, recipe, same, *self._size)
     return self._pool
 
-# %% ../nbs/39_cluster.ipynb #55b3fa2e
+# %% ../nbs/39_cluster.ipynb #1fbe673d
 class Pool:
     "Workers of one model."
     AHEAD, QUEUED = 4, 2 # units per worker beyond the oldest missing result; units given to a worker
 
     def __init__(self, engine: RayEngine, recipe: Recipe, same: dict | None, size: int, gpus: float | int):
         self.engine, self.recipe, self.same, self.size, self.gpus = engine, recipe, same, size, gpus
-        self.ray, self.hardware, self.deaths, self.first = _ray(), set(), 0, None
+        self.ray, self.hardware, self.deaths, self.first, self.view = _ray(), set(), 0, None, None
         self.sent = self.ray.put(recipe)
         self.starting, self.ready = {}, [] # result of load -> actor; actors that hold the model
         for _ in range(size): self.start()

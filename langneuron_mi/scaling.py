@@ -73,7 +73,7 @@ class RemoteView(ModelView):
     def check(self) -> "RemoteView": return self
     def w_out(self, layer: int) -> torch.Tensor: return torch.empty(0, 1)  # the recorder of this process runs no shard, and weighs nothing
 
-# %% ../nbs/40_scaling.ipynb #36fb516b
+# %% ../nbs/40_scaling.ipynb #1a465746
 @dataclass
 class Session:
     "An open engine, for one call."
@@ -93,9 +93,11 @@ class Session:
         if recipe.source not in _bundled and Path(recipe.source).exists(): recipe = replace(recipe, source=str(Path(recipe.source).resolve()))
         self._given = recipe, None
         pool = self.engine.pool(*self._given)
+        if pool.view is not None: return pool.view
         facts = pool.wait_for_one()
         if facts["model"]["model_id"] == recipe.source: facts = facts | dict(model=facts["model"] | dict(model_id=getattr(model, "source", str(model))))
-        return RemoteView(facts, pool._value(pool.ready[0].tokenizer.remote())[1])
+        pool.view = RemoteView(facts, pool._value(pool.ready[0].tokenizer.remote())[1])  # a vocabulary of 262,000 tokens takes a second to travel
+        return pool.view
 
     def map(self, task: Callable, units: Iterable, common: Callable = lambda unit: None, done: Callable = lambda result: None) -> Iterator:
         "Results of a task for every unit, in order."
@@ -232,7 +234,7 @@ def neuron_bytes(groups=("counts", "moments"), # as in record; those that keep s
     fresh = {k: t for g in chosen for k, t in g.init(Layer(1)).items()}
     return _bytes_of(fresh.values()), _bytes_of(finish({k: t[None] for k, t in fresh.items()}, []).values())
 
-# %% ../nbs/40_scaling.ipynb #fedfcdad
+# %% ../nbs/40_scaling.ipynb #4bbf8e02
 _units = dict(gpu_hours="GPU hours", days="days", tokens_per_s="tokens/s per GPU", shards="", shard_s="s", result_gb="GB", merge_s="s", token_gb="GB", weights_gb="GB", artifact_gb="GB")
 
 def _short(x: float | int) -> str: return f"{x:,.0f}" if x >= 100 or x == int(x) else f"{x:.2g}"
@@ -268,7 +270,7 @@ def plan(size: Size, # from size_of
          gpus_per_worker: int = 1, # what one copy of the model needs
          weight_bytes: int = 2, # per weight: 2 = bfloat16
          link: float | int = 1.25e9, # bytes/s into the process that merges; 1.25e9 = 10 Gbit/s
-         add: float | int = 4e9, # bytes/s that it adds up
+         add: float | int = 1e9, # bytes/s that it takes from Ray's memory and adds up; benchmarks/ray_bench.py measures it
         ) -> Plan:
     "The arithmetic of a recording on a cluster."
     part, kept = (n*size.n_layers*size.d_mlp for n in neuron_bytes(groups))
