@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['window_nll', 'PerplexityMatrix', 'check_held_out', 'perplexity_matrix']
 
-# %% ../nbs/20_perplexity.ipynb #7d6fb073
+# %% ../nbs/20_perplexity.ipynb #24eb07c9
 import importlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,26 +23,26 @@ from torch import Tensor
 from .artifacts import fingerprint, load_artifact, provenance, save_artifact
 from .corpora import Corpus, load_corpus
 from .interventions import Intervention, ablate
-from .models import ModelView, view
+from .models import ModelView, read_tokens, view
 from .neurons import LanguageNeurons
 from .statistics import bootstrap_ratio
 from .windows import TokenWindows, pack, shares_text
 
-# %% ../nbs/20_perplexity.ipynb #898bfdb7
+# %% ../nbs/20_perplexity.ipynb #408e6ca7
 @torch.inference_mode()
 def window_nll(model, # a hooked model
                ids: Int[Tensor, "window pos"], # token ids, no pads
               ) -> Float[Tensor, "window"]: # nats, float64, summed over the predicted tokens
     "Summed negative log-likelihood of each window's tokens, given those before."
-    v = view(model)
-    logits = v.logits(ids)[:, :-1]
-    nll = torch.stack([_nll(row, target) for row, target in zip(logits, ids[:, 1:].to(logits.device))])
-    return nll.cpu()
+    v, target = view(model), ids[:, 1:]
+    if v.has_head: return _nll(v.logit_blocks(v.hidden(ids)[:, :-1].flatten(0, 1)), target.flatten()).view(target.shape).sum(1).cpu()
+    return torch.stack([_nll([(0, x)], t).sum() for x, t in zip(v.logits(ids)[:, :-1], target)]).cpu()
 
-def _nll(logits: Float[Tensor, "pos vocab"], target: Int[Tensor, "pos"]) -> Float[Tensor, ""]:
-    "NLL of one window; row by row, so that a large vocabulary is never copied for a whole batch."
-    logits = logits.float()
-    return (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0]).sum(dtype=torch.float64)
+def _nll(blocks: Iterable[tuple[int, Tensor]], target: Int[Tensor, "row"]) -> Float[Tensor, "row"]:
+    "NLL of a token per row of logits."
+    return -read_tokens(blocks, torch.arange(len(target)), target)[0]
+
+
 
 # %% ../nbs/20_perplexity.ipynb #056e8482
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RemoteView', 'Session', 'mirrored', 'on_ray', 'Size', 'size_of', 'neuron_bytes', 'Plan', 'plan']
 
-# %% ../nbs/40_scaling.ipynb #b257b056
+# %% ../nbs/40_scaling.ipynb #01ee04ee
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -28,9 +28,10 @@ from .models import ModelView, _bundled, view
 from .perplexity import _measure, _row, _row_path, _save_row
 from .recording import Recorder, Shard
 from .sharing import Reader, _batch
+from .steering import _score
 from .windows import TokenWindows
 
-# %% ../nbs/40_scaling.ipynb #4f374982
+# %% ../nbs/40_scaling.ipynb #23c3f1a7
 @lru_cache(maxsize=2)
 def _recorder(v: ModelView, names: tuple, site: str, batch_size: int, texts: int) -> Recorder: return Recorder(v, names, site, batch_size, texts)
 
@@ -48,6 +49,10 @@ def _do_cell(v: ModelView, common: tuple, unit: tuple) -> np.ndarray: # float64 
 def _do_prompts(v: ModelView, common: tuple, prompts: dict[str, list[str]]) -> list[np.ndarray]:
     "Sharing categories of a batch of items."
     return [x.cpu().numpy() for x in _batch(Reader(v, *common), prompts, lambda n: None)]
+
+def _do_scores(v: ModelView, batch_size: int, unit: tuple) -> tuple[list[float], float]:
+    "Log-probabilities of prompts' continuations under one intervention, and seconds."
+    return _score(v, *unit, batch_size, lambda n: None)
 
 def _only(windows: TokenWindows, lang: str) -> TokenWindows:
     "The windows of one language, ready to travel: in memory, without the sketches."
@@ -112,7 +117,7 @@ def parts(self: Session, recorder: Recorder, windows: TokenWindows, todo: list[S
     with closing(self.map(_do_shard, todo, lambda shard: put(shard.lang), lambda result: tick(result[1]))) as results:
         for part, n in results: yield {k: torch.from_numpy(x.copy()) for k, x in part.items()}, n
 
-# %% ../nbs/40_scaling.ipynb #f2b8b331
+# %% ../nbs/40_scaling.ipynb #b55a4189
 @patch
 def rows(self: Session, v: ModelView, w: TokenWindows, todo: list, batch_size: int, tick: Callable, folder: Path | None) -> Iterator[dict[str, np.ndarray]]:
     "NLL per window of each row's languages, in the order of the rows."
@@ -130,6 +135,7 @@ def rows(self: Session, v: ModelView, w: TokenWindows, todo: list, batch_size: i
                     tick(w.n_tokens(lang))
                 if path is not None: _save_row(path, row, i)
             yield row
+            self.saved()
 
 # %% ../nbs/40_scaling.ipynb #e361a4fa
 @patch
@@ -141,7 +147,17 @@ def batches(self: Session, reader: Reader, todo: list[dict[str, list[str]]], tic
             tick(sum(map(len, prompts.values())))
             yield [torch.from_numpy(x.copy()) for x in found]
 
-# %% ../nbs/40_scaling.ipynb #295bfd37
+# %% ../nbs/40_scaling.ipynb #8a995eb2
+@patch
+def scores(self: Session, v: ModelView, todo: list[tuple[list, Intervention]], batch_size: int, tick: Callable) -> Iterator[tuple[list[float], float]]:
+    "Log-probabilities of each unit's continuations and the worker's seconds, in order."
+    with closing(self.map(_do_scores, todo, lambda unit: batch_size)) as results:
+        for (rows, _), result in zip(todo, results):
+            tick(len(rows))
+            yield result
+            self.saved()
+
+# %% ../nbs/40_scaling.ipynb #0a3423e4
 @contextmanager
 def mirrored(out: str | Path | None # folder, or fsspec URL such as s3://bucket/run
             ) -> Iterator[tuple[Path | None, Callable]]: # a folder of this machine, and what to call when it changed
@@ -166,20 +182,23 @@ class _Copy:
     folder: Path
     known: dict = field(default_factory=dict) # file name -> state when it was last the same on both sides
 
-    def _state(self) -> dict: return {p.name: (p.stat().st_mtime_ns, p.stat().st_size) for p in self.folder.iterdir() if p.is_file() and not p.name.startswith(".")}
+    def _state(self) -> dict: return {p.relative_to(self.folder).as_posix(): (p.stat().st_mtime_ns, p.stat().st_size) for p in self.folder.rglob("*") if p.is_file() and not p.name.startswith(".")}
     def pull(self) -> None:
         "Fetch what is there."
-        found = self.fs.ls(self.root, detail=False) if self.fs.exists(self.root) else []
-        for path in found:
-            if not path.endswith(".tmp"): self.fs.get_file(path, str(self.folder/path.rsplit("/", 1)[-1]))
+        root = self.fs._strip_protocol(self.root)
+        for path in self.fs.find(self.root) if self.fs.exists(self.root) else []:
+            if path.endswith(".tmp"): continue
+            here = self.folder/path[len(root):].lstrip("/")
+            here.parent.mkdir(parents=True, exist_ok=True)
+            self.fs.get_file(path, str(here))
         self.known = self._state()
 
     def push(self) -> None:
         "Store what changed: whole files, under their name only when they are complete."
         state = self._state()
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
             for name in [n for n, s in state.items() if self.known.get(n) != s]:
+                self.fs.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
                 self.fs.put_file(str(self.folder/name), f"{self.root}/{name}.tmp")
                 self.fs.mv(f"{self.root}/{name}.tmp", f"{self.root}/{name}")
             for name in self.known.keys() - state.keys(): self.fs.rm_file(f"{self.root}/{name}")

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Row', 'score']
 
-# %% ../nbs/16_scoring.ipynb #08ef2076
-from collections.abc import Callable, Iterable, Mapping
+# %% ../nbs/16_scoring.ipynb #6c115dc8
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .interventions import Intervention
-from .models import ModelView, view
+from .models import ModelView, read_tokens, view
 
-# %% ../nbs/16_scoring.ipynb #1dd88553
+# %% ../nbs/16_scoring.ipynb #70e1bb86
 @dataclass(frozen=True)
 class Row:
     "A sequence to run, and the positions whose next token is scored."
@@ -29,7 +29,7 @@ def _row(context: list[int], continuation: list[int], max_length: int, n: int = 
     full = (context + continuation)[-(max_length + 1):]
     return Row(n, tuple(full[:-1]), len(full) - len(continuation), len(full) - 1 - len(continuation))
 
-def _common(a: tuple, b: tuple) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     "Length of the common start."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
@@ -49,8 +49,8 @@ def _groups(rows: Iterable[Row], share: Callable[[Row, Row], bool], # may these 
         out.append((len(r.ids), [r]))
     return out
 
-# %% ../nbs/16_scoring.ipynb #40a11aad
-_ROWS = 64 # rows of logits that exist at a time: a vocabulary of 262,000 is 1 MB a row
+# %% ../nbs/16_scoring.ipynb #85831c2c
+_ROWS = 256 # points read at a time
 
 @dataclass
 class _Points:
@@ -62,16 +62,14 @@ class _Points:
         self.states.append(state)
         self.of |= {(r.n, pos): len(self.states) - 1 for r in rows}
 
-def _read(points: _Points, logits: Callable[[Tensor], Tensor], wanted: Mapping[int, set]) -> dict[tuple[int, int], tuple[float, bool]]:
+def _read(points: _Points, blocks: Callable[[Tensor], Iterable], wanted: Mapping[int, set]) -> dict[tuple[int, int], tuple[float, bool]]:
     "Log-probability of every wanted token at every point, and whether it is the likeliest."
     got = {}
     for i in range(0, len(points.states), _ROWS):
-        x = logits(torch.stack(points.states[i:i + _ROWS])).float()
-        norm, best = x.logsumexp(-1), x.argmax(-1)
+        x = torch.stack(points.states[i:i + _ROWS])
         ask = [(n, t) for n in range(len(x)) for t in sorted(wanted[i + n])]
-        at, tokens = (torch.tensor(c, device=x.device) for c in zip(*ask))
-        found, likeliest = (x[at, tokens].double() - norm[at].double()).tolist(), (best[at] == tokens).tolist()
-        got |= {(i + n, t): (f, g) for (n, t), f, g in zip(ask, found, likeliest)}
+        found, likeliest = read_tokens(blocks(x), *(torch.tensor(c) for c in zip(*ask)))
+        got |= {(i + n, t): (f, g) for (n, t), f, g in zip(ask, found.tolist(), likeliest.tolist())}
     return got
 
 # %% ../nbs/16_scoring.ipynb #68feee6c
@@ -111,7 +109,7 @@ def _run_whole(v: ModelView, rows: list[Row]) -> _Points:
         for pos in range(r.start, len(r.ids)): points.add(logits[i, gap[i] + pos], [r], pos)
     return points
 
-# %% ../nbs/16_scoring.ipynb #57bfe75c
+# %% ../nbs/16_scoring.ipynb #f96b2ed4
 def _window(v: ModelView) -> int:
     "Tokens that every layer's cache keeps."
     return min([int(w) for w in [getattr(v.hf.config, "sliding_window", None)] if w] + [1 << 60])
@@ -131,10 +129,12 @@ def score(v: ModelView,
           *, intervention: Intervention = Intervention(),
           batch_size: int = 16, # rows at a time
           max_length: int | None = None, # tokens of input; the model's own by default
+          placed: bool | None = None, # does it matter where a context ends? By default, if the intervention is on some tokens only
           done: Callable = lambda i, answer: None, # called for every pair as its answer is there
          ) -> dict: # work: tokens run, tokens that sharing saved, positions with logits
     "Log-likelihood of each continuation, and whether it is what greedy decoding would write."
-    placed, short = any(e.positions != "all" for e in intervention.edits), _window(v) if v.has_head else 0
+    if placed is None: placed = any(e.positions != "all" for e in intervention.edits)
+    short = _window(v) if v.has_head else 0
     rows, whole = _unique(pairs, max_length or v.n_ctx, placed)
     asked, work = {}, dict(tokens=0, saved=0, positions=0)
     for i, r in enumerate(rows): asked.setdefault(r.n, []).append(i)
@@ -145,7 +145,7 @@ def score(v: ModelView,
             at = {i: [(points.of[rows[i].n, rows[i].start + k], t) for k, t in enumerate(pairs[i][1])] for i in ids}
             wanted = {}
             for n, t in (x for i in ids for x in at[i]): wanted.setdefault(n, set()).add(t)
-            got = _read(points, v.head if v.has_head else lambda x: x, wanted)
+            got = _read(points, v.logit_blocks if v.has_head else lambda x: [(0, x)], wanted)
         for i in ids: done(i, (sum(got[x][0] for x in at[i]), all(got[x][1] for x in at[i])))
         run = sum(p + sum(len(r.ids) - p for r in g) for p, g in batch)
         work = dict(tokens=work["tokens"] + run, saved=work["saved"] + sum(len(rows[i].ids) for i in ids) - run, positions=work["positions"] + len(points.states))

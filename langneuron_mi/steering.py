@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['FORMS', 'Continuations', 'tokenize', 'log_probs', 'factor', 'Steering', 'lss', 'layer_sweep']
 
-# %% ../nbs/22_steering.ipynb #9a5c1eb7
-import copy
+# %% ../nbs/22_steering.ipynb #b59ca7e3
+import importlib
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from jaxtyping import Float
-from torch import Tensor
 
 from .activation_stats import ActivationStats
 from .artifacts import fingerprint, load_artifact, provenance, save_artifact
@@ -27,19 +27,16 @@ from .models import ModelView, view
 from .neurons import LanguageNeurons, NeuronSet
 from .perplexity import perplexity_matrix
 from .probes import Probes
+from .scoring import _common, score
 from .statistics import Estimate, bootstrap_mean, bootstrap_share, expanded_level, paired_difference
 
-# %% ../nbs/22_steering.ipynb #9e5917ea
+# %% ../nbs/22_steering.ipynb #af37525b
 @dataclass(frozen=True)
 class Continuations:
     "Token ids of a prompt and of the texts that may follow it."
     prefix: list[int] # shared by all, BOS included
     rest: list[list[int]] # of each text, what comes after the prefix
     merged: bool # does a text merge the prompt's last token with its own?
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    "Length of the common start."
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 def tokenize(model, # a hooked model
              prompts: list[str],
@@ -60,66 +57,7 @@ def tokenize(model, # a hooked model
         out.append(Continuations(heads[:shared], [b[shared:] for b in bodies], shared < len(heads)))
     return out
 
-# %% ../nbs/22_steering.ipynb #207c4dfc
-def _padded(rows: list[list[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
-    "Ids and mask of rows of different length."
-    n = max(map(len, rows))
-    fill = lambda r, x, own: [x]*(n - len(r)) + own if left else own + [x]*(n - len(r))
-    return torch.tensor([fill(r, pad, r) for r in rows]), torch.tensor([fill(r, 0, [1]*len(r)) for r in rows])
-
-_ROWS = 128  # rows of logits that exist at a time: a vocabulary of 262,000 is 1 MB a row
-
-def _log_prob(logits: Float[Tensor, "row vocab"], token: Tensor) -> Float[Tensor, "row"]:
-    "Log-probability of one token a row, row by row."
-    return torch.stack([x.float()[t].double() - x.float().logsumexp(-1).double() for x, t in zip(logits, token)])
-
-def _with_cache(v: ModelView, batch: list[Continuations]) -> list[list[float]]:
-    "Scores through one run of the prompts and a cache (Hugging Face models)."
-    ids, mask = (t.to(v.device) for t in _padded([c.prefix for c in batch], v.tokenizer.pad_token_id or 0, left=True))
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    takes = dict(position_ids=positions) if v.takes_positions else {}
-    with v.at(ids.shape[1]): got = v.hf(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **takes)
-    at = [(i, j) for i, c in enumerate(batch) for j in range(len(c.rest))]
-    start = [x for i, j in at for x in _log_prob(got.logits[i, -1:], torch.tensor([batch[i].rest[j][0]]))]
-    score = {(i, j): float(s) for (i, j), s in zip(at, start)}
-    longer = [(i, j) for i, j in at if len(batch[i].rest[j]) > 1]
-    for part in _alike(longer, lambda p: len(batch[p[0]].rest[p[1]]) - 1): _go_on(v, batch, part, copy.deepcopy(got.past_key_values), mask, ids.shape[1], score)
-    return [[score[i, j] for j in range(len(c.rest))] for i, c in enumerate(batch)]
-
-def _alike(rows: list, length: Callable) -> Iterator[list]:
-    "Rows of nearly the same length together: 1, 2, 3 to 4, 5 to 8 tokens ...; pads cost as much as tokens."
-    by = {}
-    for r in rows: by.setdefault((length(r) - 1).bit_length(), []).append(r)
-    yield from by.values()
-
-def _go_on(v: ModelView, batch: list[Continuations], longer: list, past, mask: Tensor, width: int, score: dict) -> None:
-    "Add the later tokens of longer continuations; logits at their positions alone."
-    rows = [batch[i].rest[j] for i, j in longer]
-    ids, real = (t.to(v.device) for t in _padded([r[:-1] for r in rows], 0, left=False))
-    which = torch.tensor([i for i, _ in longer], device=v.device)
-    past.batch_select_indices(which)
-    takes = dict(position_ids=mask[which].sum(1, keepdim=True) + torch.arange(ids.shape[1], device=v.device)) if v.takes_positions else {}
-    with v.at(width, offset=width):
-        hidden = v.hf.base_model(input_ids=ids, attention_mask=torch.cat([mask[which], real], 1), past_key_values=past, use_cache=True, **takes).last_hidden_state
-    at = [(n, k - 1, r[k]) for n, r in enumerate(rows) for k in range(1, len(r))]
-    for i in range(0, len(at), _ROWS):
-        part = at[i:i + _ROWS]
-        scores = _log_prob(v.head(hidden[[n for n, _, _ in part], [k for _, k, _ in part]]), torch.tensor([t for _, _, t in part]))
-        for (n, _, _), x in zip(part, scores): score[longer[n]] += float(x)
-
-# %% ../nbs/22_steering.ipynb #2456debf
-def _without_cache(v: ModelView, batch: list[Continuations]) -> list[list[float]]:
-    "Scores of every text by itself (HookedTransformer)."
-    at = [(i, j) for i, c in enumerate(batch) for j in range(len(c.rest))]
-    ids, mask = _padded([batch[i].prefix + batch[i].rest[j] for i, j in at], v.tokenizer.pad_token_id or 0, left=False)
-    with v.at(torch.tensor([len(batch[i].prefix) for i, _ in at])): logits = v.logits(ids, mask)
-    score = {}
-    for x, (i, j) in zip(logits, at):
-        n, r = len(batch[i].prefix), batch[i].rest[j]
-        score[i, j] = float(_log_prob(x[n - 1:n - 1 + len(r)], torch.tensor(r)).sum())
-    return [[score[i, j] for j in range(len(c.rest))] for i, c in enumerate(batch)]
-
-@torch.no_grad()
+# %% ../nbs/22_steering.ipynb #f32adc3e
 def log_probs(model, # a hooked model
               rows: Sequence[Continuations], # from `tokenize`
               *, batch_size: int = 64, # prompts per forward pass
@@ -127,13 +65,13 @@ def log_probs(model, # a hooked model
              ) -> list[list[float]]: # nats, one number per continuation of each prompt
     "Log-probability of every continuation, given its prompt."
     v = view(model)
-    run = _with_cache if v.has_head else _without_cache
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].prefix), i))  # little padding
-    out = [None]*len(rows)
-    for k in range(0, len(order), batch_size):
-        part = order[k:k + batch_size]
-        for i, s in zip(part, run(v, [rows[i] for i in part])): out[i] = s
-        tick(len(part))
+    out, left = [[None]*len(c.rest) for c in rows], [len(c.rest) for c in rows]
+    at = [(i, j) for i, c in enumerate(rows) for j in range(len(c.rest))]
+    def done(k: int, answer: tuple[float, bool]):
+        i, j = at[k]
+        out[i][j], left[i] = answer[0], left[i] - 1
+        if not left[i]: tick(1)
+    score(v, [(rows[i].prefix, rows[i].rest[j]) for i, j in at], batch_size=2*batch_size, placed=True, done=done)
     if any(not np.isfinite(x) for s in out for x in s): raise ValueError("a log-probability is not finite: look at the values that the intervention sets")
     return out
 
@@ -312,7 +250,7 @@ def _repr_markdown_(self: Steering) -> str:
     "The summary as a table."
     return self.summary().round(3).to_markdown(index=False)
 
-# %% ../nbs/22_steering.ipynb #c3750824
+# %% ../nbs/22_steering.ipynb #8260ee23
 def _targets(neurons: Mapping[str, NeuronSet], probes: Probes, targets) -> list[str]:
     "Languages to steer to: with neurons and with names of facts."
     asked = list(neurons) if targets is None else [targets] if isinstance(targets, str) else list(targets)
@@ -340,32 +278,51 @@ def _ask(v: ModelView, probes: Probes, base: str, target: str, n: int | None, se
     return _Asked([(r.fact, r.relation) for r in items], tokens, dict(base=base, target=target, n=len(items), n_equal=items.n_equal, n_missing=items.n_missing,
                                                                      n_no_template=items.n_no_template, n_merged=sum(c.merged for c in tokens)))
 
+def _score(v: ModelView, rows: list[Continuations], intervention: Intervention, batch_size: int, tick: Callable[[int], None]) -> tuple[list[float], float]:
+    "Log-probabilities of all continuations, one after the other, and the seconds that they took."
+    start = time.perf_counter()
+    with intervention.on(v.model): flat = [x for s in log_probs(v, rows, batch_size=batch_size, tick=tick) for x in s]
+    return flat, time.perf_counter() - start
+
+def _scores(v: ModelView, todo: list[tuple[list[Continuations], Intervention]], batch_size: int, tick: Callable[[int], None]) -> Iterator[tuple[list[float], float]]:
+    "Every pair in turn; an engine for many machines has a method of the same form."
+    for rows, intervention in todo: yield _score(v, rows, intervention, batch_size, tick)
+
 class _Scorer:
     "Scores prompts under interventions, keeps them by content, and counts the work."
-    def __init__(self, v: ModelView, folder: Path | None, batch_size: int, bar):
-        self.v, self.folder, self.batch_size, self.bar = v, folder, batch_size, bar
+    def __init__(self, v: ModelView, folder: Path | None, batch_size: int, bar, run: Callable = _scores):
+        self.v, self.folder, self.batch_size, self.bar, self.run = v, folder, batch_size, bar, run
         self.work = dict(forward_tokens=0, logit_positions=0, seconds=0., from_cache=0)
 
-    def __call__(self, rows: list[Continuations], intervention: Intervention) -> list[list[float]]:
-        import time
-        key = fingerprint(self.v.describe(), [[c.prefix, c.rest, [0]*len(c.rest)] for c in rows], intervention.fingerprint)
-        path = None if self.folder is None else self.folder/f"scores-{key}.safetensors"
-        sizes = [len(c.rest) for c in rows]
-        if path is not None and path.exists():
-            flat = load_artifact(path, "continuation_scores")[0]["log_prob"].tolist()
-            self.work["from_cache"] += len(rows)
-            self.bar.update(len(rows))
-        else:
-            start = time.perf_counter()
-            with intervention.on(self.v.model): flat = [x for s in log_probs(self.v, rows, batch_size=self.batch_size, tick=self.bar.update) for x in s]
-            self.work["seconds"] += time.perf_counter() - start
-            self.work["forward_tokens"] += sum(len(c.prefix) + sum(len(r) - 1 for r in c.rest) for c in rows)
-            self.work["logit_positions"] += sum(1 + sum(len(r) - 1 for r in c.rest) for c in rows)
-            if path is not None: save_artifact(path, "continuation_scores", dict(log_prob=torch.tensor(flat, dtype=torch.float64)), dict(intervention=intervention.name))
-        flat = iter(flat)
-        return [[next(flat) for _ in range(n)] for n in sizes]
+    def path(self, rows: list[Continuations], intervention: Intervention) -> Path | None:
+        if self.folder is None: return None
+        return self.folder/f"scores-{fingerprint(self.v.describe(), [[c.prefix, c.rest, [0]*len(c.rest)] for c in rows], intervention.fingerprint)}.safetensors"
 
-# %% ../nbs/22_steering.ipynb #bfb3ca3b
+    def __call__(self, rows: list[Continuations], intervention: Intervention) -> list[list[float]]: return next(self.all([(rows, intervention)]))
+
+    def all(self, todo: list[tuple[list[Continuations], Intervention]]) -> Iterator[list[list[float]]]:
+        "Scores of each pair's prompts, in order; what is kept is not computed again."
+        paths = [self.path(*pair) for pair in todo]
+        missing = [path is None or not path.exists() for path in paths]
+        with closing(self.run(self.v, [pair for pair, new in zip(todo, missing) if new], self.batch_size, self.bar.update)) as results:
+            for (rows, intervention), path, new in zip(todo, paths, missing):
+                flat = iter(self._new(next(results), rows, intervention, path) if new else self._kept(path, rows))
+                yield [[next(flat) for _ in c.rest] for c in rows]
+
+    def _kept(self, path: Path, rows: list[Continuations]) -> list[float]:
+        self.work["from_cache"] += len(rows)
+        self.bar.update(len(rows))
+        return load_artifact(path, "continuation_scores")[0]["log_prob"].tolist()
+
+    def _new(self, result: tuple[list[float], float], rows: list[Continuations], intervention: Intervention, path: Path | None) -> list[float]:
+        flat, seconds = result
+        self.work["seconds"] += seconds
+        self.work["forward_tokens"] += sum(len(c.prefix) + sum(len(r) - 1 for r in c.rest) for c in rows)
+        self.work["logit_positions"] += sum(1 + sum(len(r) - 1 for r in c.rest) for c in rows)
+        if path is not None: save_artifact(path, "continuation_scores", dict(log_prob=torch.tensor(flat, dtype=torch.float64)), dict(intervention=intervention.name))
+        return flat
+
+# %% ../nbs/22_steering.ipynb #0d4c9532
 def lss(model, # a hooked model
         neurons: LanguageNeurons | Mapping[str, NeuronSet], # by language
         probes: Probes, # from load_probes
@@ -382,10 +339,14 @@ def lss(model, # a hooked model
         batch_size: int = 64, # prompts per forward pass
         out: str | Path | None = None, # folder where finished work is kept, by content
         progress: bool = True, # a bar on stderr
+        engine="process", # "ray", or a `RayEngine`: every pair of languages under every intervention is scored on a cluster
+        workers: int | None = None, # on the cluster; None = as many as it has room for
+        address: str | None = None, # of the cluster; None = this machine
        ) -> Steering:
     "Language Steering Shift of every base, target and factor, beside random neurons (arXiv 2507.22581)."
+    if engine != "process" and not hasattr(engine, "scores"): return importlib.import_module("langneuron_mi.scaling").on_ray(lss, locals())
     from tqdm.auto import tqdm
-    v = view(model).check()
+    v = view(model).check() if engine == "process" else engine.view(model)
     v.untouched("measuring steering")
     targets, bases, make = _targets(neurons, probes, targets), _bases(neurons, probes, bases), _factors(interventions, stats)
     kinds = ["own", *[f"random {seed + i}" for i in range(controls)]]
@@ -394,11 +355,14 @@ def lss(model, # a hooked model
     todo = {(f, kind, b, t): _intervention(make[f], neurons, kind, b, t).where(positions) for f in make for t in targets for kind in kinds for b in bases if b != t}
     asked = {pair: _ask(v, probes, *pair, n, seed) for pair in pairs}
     with tqdm(total=sum(len(a.facts) for a in asked.values())*(1 + len(make)*len(kinds)), unit="prompt", desc="steering", disable=not progress) as bar:
-        scorer = _Scorer(v, None if out is None else Path(out), batch_size, bar)
-        before = {pair: scorer(a.tokens, Intervention()) for pair, a in asked.items() if a.facts}
-        parts = [_part(scorer, asked[b, t], before[b, t], (f, kind, b, t), i) for (f, kind, b, t), i in todo.items() if asked[b, t].facts]
-    if not parts: raise ValueError("these probes give no item for any of the pairs: see probes.coverage()")
-    cost = _cost(v, {(f, k, t): _intervention(make[f], neurons, k, None, t) for f in make for t in targets for k in kinds}, text, text_tokens, seed, out, neurons, progress)
+        scorer = _Scorer(v, None if out is None else Path(out), batch_size, bar, _scores if engine == "process" else engine.scores)
+        rows = {pair: a for pair, a in asked.items() if a.facts}
+        if not rows: raise ValueError("these probes give no item for any of the pairs: see probes.coverage()")
+        todo = {key: i for key, i in todo.items() if key[2:] in rows}
+        with closing(scorer.all([(a.tokens, Intervention()) for a in rows.values()] + [(rows[key[2:]].tokens, i) for key, i in todo.items()])) as found:
+            before = {pair: next(found) for pair in rows}
+            parts = [_part(rows[key[2:]], before[key[2:]], next(found), key) for key in todo]
+    cost = _cost(model, {(f, k, t): _intervention(make[f], neurons, k, None, t) for f in make for t in targets for k in kinds}, text, text_tokens, seed, out, neurons, progress, engine)
     facts = provenance(**v.describe()) | dict(probes=probes.fingerprint, source=probes.source, seed=seed, positions=positions, neurons=getattr(neurons, "fingerprint", None))
     return Steering(pd.concat(parts, ignore_index=True), pd.DataFrame([a.counts for a in asked.values()], columns=_count_cols), cost, scorer.work, facts)
 
@@ -419,18 +383,17 @@ def _set(own: NeuronSet, lang: str, kind: str) -> NeuronSet:
     "The neurons themselves, or random ones, as many in each layer."
     return own if kind == "own" else own.random_like([int(kind.split()[1]), *lang.encode()])
 
-def _part(scorer: _Scorer, a: _Asked, before: list, key: tuple, intervention: Intervention) -> pd.DataFrame:
+def _part(a: _Asked, before: list, after: list, key: tuple) -> pd.DataFrame:
     "Rows of one factor, kind, base and target."
-    after = scorer(a.tokens, intervention)
     return pd.DataFrame([(*key, *f, *o, *s) for f, o, s in zip(a.facts, before, after)], columns=_cols)
 
-def _cost(v: ModelView, todo: Mapping, text, tokens: int, seed: int, out, neurons, progress: bool) -> pd.DataFrame:
+def _cost(model, todo: Mapping, text, tokens: int, seed: int, out, neurons, progress: bool, engine) -> pd.DataFrame:
     "Perplexity ratio on the target language's own held-out text, every token edited, for each factor, kind and target."
     if text is None: return pd.DataFrame(columns=_cost_cols)
     rows = {(f"{f}|{kind}", t): i for (f, kind, t), i in todo.items()}
     langs = list(dict.fromkeys(t for _, t in rows))
-    df = perplexity_matrix(v.model, text, rows, tokens=tokens, langs=langs, text_langs={k: [k[1]] for k in rows}, seed=seed, seen=getattr(neurons, "seen", None) or None,
-                           out=None if out is None else Path(out)/"perplexity", progress=progress).to_df()
+    df = perplexity_matrix(model, text, rows, tokens=tokens, langs=langs, text_langs={k: [k[1]] for k in rows}, seed=seed, seen=getattr(neurons, "seen", None) or None,
+                           out=None if out is None else Path(out)/"perplexity", progress=progress, engine=engine).to_df()
     df = df[df.method != "none"]
     split = df.method.str.rsplit("|", n=1, expand=True)
     return df.assign(factor=split[0], kind=split[1], target=df.neurons_of)[_cost_cols].reset_index(drop=True)

@@ -155,3 +155,26 @@ def test_models_a_loaded_model_keeps_its_name_when_it_is_loaded_again(tmp_path, 
     monkeypatch.setattr(models, "bundled_folder", lambda name: tmp_path)
     model = load_model("toy")
     assert view(model).model_id == view(load_model(model)).model_id == "toy-dequantised"
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "llama", "gpt2", "bloom"])  # llama with a bias, gemma2 with capped logits
+def test_models_log_probs_by_parts_of_the_vocabulary(arch):
+    "Equal to a softmax over Hugging Face's own logits, however the vocabulary is cut; a hook on the unembedding is obeyed."
+    hf, tok = tiny_model(arch)
+    if arch == "llama": hf.lm_head.bias = torch.nn.Parameter(torch.randn(hf.lm_head.out_features, generator=torch.Generator().manual_seed(1)))
+    ids = torch.tensor([[1, 50, 60, 70, 80], [1, 20, 33, 44, 50]])
+    with torch.no_grad(): want = hf(ids).logits.flatten(0, 1).double().log_softmax(-1)
+    v = view(load_model(hf, tokenizer=tok))
+    assert v.has_head
+    rows, tokens = torch.arange(10).repeat_interleave(5), torch.randint(0, want.shape[1], (50,), generator=torch.Generator().manual_seed(0))
+    tokens[::5] = want.argmax(-1)
+    hidden = v.hidden(ids).flatten(0, 1).detach()
+    for size in (7, 64, 10**6):
+        blocks = list(v.logit_blocks(hidden, size))
+        assert len(blocks) == -(-want.shape[1]//size)
+        got, likeliest = models.read_tokens(blocks, rows, tokens)
+        assert torch.allclose(got, want[rows, tokens], atol=1e-5) and torch.equal(likeliest, want.argmax(-1)[rows] == tokens)
+    module = v.hf.get_output_embeddings()
+    handle = module.register_forward_hook(lambda m, args, out: out*0)
+    assert [x.count_nonzero() for _, x in v.logit_blocks(hidden)] == [0]
+    handle.remove()

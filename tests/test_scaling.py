@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lens import lens_models
@@ -22,11 +23,13 @@ from langneuron_mi.cluster import Pool, RayEngine, Recipe, ScalingError, _facts_
 from langneuron_mi.corpora import load_corpus
 from langneuron_mi.interventions import ablate
 from langneuron_mi.models import load_model, view
-from langneuron_mi.neurons import NeuronSet
+from langneuron_mi.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.perplexity import perplexity_matrix
+from langneuron_mi.probes import Fact, Probes
 from langneuron_mi.recording import Recorder, RecordingError, record
 from langneuron_mi.sharing import sharing
 from langneuron_mi.speed import attend
+from langneuron_mi.steering import lss
 from langneuron_mi.testing import planted_model
 from langneuron_mi.windows import pack
 
@@ -215,6 +218,41 @@ def test_ray_sharing_same_counts(engine, model):
     there, here = sharing(model, prompts, engine=engine, **args), sharing(model, prompts, **args)
     assert all(torch.equal(getattr(there, k), getattr(here, k)) for k in ("category_counts", "specific_counts", "per_input"))
     assert there.provenance["model"] == here.provenance["model"]
+
+
+def test_ray_lss_same_numbers(engine, model, saved, tmp_path, monkeypatch):
+    "Scores, cost and folder as without a cluster, also with a model that this process never loads."
+    p = planted_model()
+    shape, held = view(model).shape, load_corpus(p.texts(30, seed=5))
+    neurons = LanguageNeurons({lang: NeuronSet(pairs, shape=shape) for lang, pairs in p.neurons.items()}, seen={})
+    facts = [Fact(f"after {m}", "successor", {l: (f"{l}{m}", f"{l}{p.order[m]}") for l in p.langs}) for m in range(6)]
+    probes = Probes(tuple(facts), {"successor": {l: "[X] [Y]" for l in p.langs}}, p.langs, "toy")
+    stats = record(model, TEXTS, **(ARGS | dict(groups=("counts", "moments"))))
+    args = dict(interventions=["x3", "mean"], stats=stats, text=held, text_tokens=60, progress=False)
+    here, there = lss(model, neurons, probes, **args), lss(model, neurons, probes, engine=engine, out=tmp_path, **args)
+    pd.testing.assert_frame_equal(there.items, here.items, check_exact=True)
+    pd.testing.assert_frame_equal(there.cost, here.cost, check_exact=True)
+    assert {k: x for k, x in there.work.items() if k != "seconds"} == {k: x for k, x in here.work.items() if k != "seconds"}
+    by_name = lss(saved / "model", neurons, probes, engine=engine, **args)
+    pd.testing.assert_frame_equal(by_name.items, here.items, check_exact=True)
+    monkeypatch.setattr("langneuron_mi.steering.log_probs", lambda *a, **k: pytest.fail("everything is kept"))
+    again = lss(model, neurons, probes, out=tmp_path, **args)
+    pd.testing.assert_frame_equal(again.items, here.items, check_exact=True)
+    assert again.work["from_cache"] == len(here.items) + len(here.items.drop_duplicates(["base", "target", "fact"]))
+
+
+def test_ray_folders_of_a_url(tmp_path):
+    "What lies in a folder of the folder travels too."
+    import fsspec
+    with scaling.mirrored("memory://runs/deep") as (folder, saved):
+        (folder / "perplexity").mkdir()
+        (folder / "perplexity/row").write_text("1")
+        (folder / "scores").write_text("2")
+        saved()
+        (folder / "scores").unlink()
+    fs = fsspec.filesystem("memory")
+    assert [n for n in fs.find("/runs/deep")] == ["/runs/deep/perplexity/row"]
+    with scaling.mirrored("memory://runs/deep") as (folder, saved): assert (folder / "perplexity/row").read_text() == "1" and not (folder / "scores").exists()
 
 
 def test_ray_command_line_and_url(cluster, saved, tmp_path, capsys, monkeypatch):
