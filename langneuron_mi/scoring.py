@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Row', 'score']
 
-# %% ../nbs/16_scoring.ipynb #6c115dc8
+# %% ../nbs/16_scoring.ipynb #3b30ff20
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,8 +50,8 @@ def _groups(rows: Iterable[Row], share: Callable[[Row, Row], bool], # may these 
         out.append((len(r.ids), [r]))
     return out
 
-# %% ../nbs/16_scoring.ipynb #85831c2c
-_ROWS = 256 # points read at a time
+# %% ../nbs/16_scoring.ipynb #33eb4d4c
+_ROWS = 512 # points read at a time
 
 @dataclass
 class _Points:
@@ -72,7 +73,7 @@ def _read(points: _Points, blocks: Callable[[Tensor], Iterable], wanted: Mapping
         got |= {(i + n, t): (f, g) for (n, t), f, g in zip(ask, found.tolist(), likeliest.tolist())}
     return got
 
-# %% ../nbs/16_scoring.ipynb #68feee6c
+# %% ../nbs/16_scoring.ipynb #3e61ddd3
 def _pad(rows: list, left: bool, device: torch.device, pad: int = 0) -> tuple[Tensor, Tensor]:
     "Ids and mask of rows of different length."
     n = max(map(len, rows))
@@ -91,14 +92,27 @@ def _run_groups(v: ModelView, groups: list[tuple[int, list[Row]]]) -> _Points:
     for i, (p, g) in enumerate(groups):
         for pos in range(min(r.start for r in g), p): points.add(out.last_hidden_state[i, width - p + pos], [r for r in g if pos >= r.start], pos)
     if not rests: return points
-    which, past = torch.tensor([i for i, _ in rests], device=v.device), out.past_key_values
-    past.batch_select_indices(which)
-    more, real = _pad([r.ids[groups[i][0]:] for i, r in rests], False, v.device)
-    mask = torch.cat([mask[which], real], 1)
-    with v.at(border(rests), offset=width): out = base(input_ids=more, attention_mask=mask, past_key_values=past, use_cache=True, **places(mask, width))
-    for n, (i, r) in enumerate(rests):
-        for pos in range(max(r.start, groups[i][0]), len(r.ids)): points.add(out.last_hidden_state[n, pos - groups[i][0]], [r], pos)
+    parts = _alike(rests, lambda x: len(x[1].ids) - groups[x[0]][0], max(64, mask.numel()//8))
+    cache = out.past_key_values
+    for part in parts:
+        past = cache if part is parts[-1] else copy.deepcopy(cache)
+        which = torch.tensor([i for i, _ in part], device=v.device)
+        past.batch_select_indices(which)
+        more, real = _pad([r.ids[groups[i][0]:] for i, r in part], False, v.device)
+        seen = torch.cat([mask[which], real], 1)
+        with v.at(border(part), offset=width): out = base(input_ids=more, attention_mask=seen, past_key_values=past, use_cache=True, **places(seen, width))
+        for n, (i, r) in enumerate(part):
+            for pos in range(max(r.start, groups[i][0]), len(r.ids)): points.add(out.last_hidden_state[n, pos - groups[i][0]], [r], pos)
     return points
+
+def _alike(rows: list, length: Callable, pads: int) -> list[list]: # longest first
+    "Rows in passes of no more pads than another pass would cost."
+    out, spent = [], 0
+    for r in sorted(rows, key=length, reverse=True):
+        spent += length(out[-1][0]) - length(r) if out else 0
+        if not out or spent > pads: out, spent = out + [[]], 0
+        out[-1].append(r)
+    return out
 
 def _run_whole(v: ModelView, rows: list[Row]) -> _Points:
     "Logits at the scored positions of whole rows."
