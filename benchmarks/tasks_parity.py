@@ -69,6 +69,7 @@ def main():
     p.add_argument("--langs", default="it")
     p.add_argument("--limit", type=int, default=500)
     p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--attention", default="eager", help="of ours; hf's own is sdpa")
     p.add_argument("--cache", help="folder of kept answers, of both models: a killed comparison goes on (its seconds then mean nothing)")
     p.add_argument("--out", default="tasks_parity.json")
     a = p.parse_args()
@@ -79,7 +80,7 @@ def main():
     from langneuron_mi.task_data import load_tasks
     from langneuron_mi.tasks import evaluate
     folder = str(bundled_folder("gemma-3-270m"))
-    model = load_model("gemma-3-270m")
+    model = load_model("gemma-3-270m", attention=a.attention)
     hf = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=a.batch_size)
     v = view(model)
     if a.cache:
@@ -98,7 +99,7 @@ def main():
             tasks = load_tasks(name, a.data)
             ours, wall, cpu = timed(lambda: evaluate(model, tasks, edit, limit=a.limit, batch_size=a.batch_size, cache=a.cache, progress=False))
             with edited(hf_model, edit): theirs, wall_hf, cpu_hf = timed(lambda: run_hf(hf, tasks, a.limit))
-            row = compare(ours, theirs, name) | dict(seconds=wall, seconds_hf=wall_hf, cpu_seconds=cpu, cpu_seconds_hf=cpu_hf, batch_size=a.batch_size, threads=torch.get_num_threads(), work=ours.work)
+            row = compare(ours, theirs, name) | dict(seconds=wall, seconds_hf=wall_hf, cpu_seconds=cpu, cpu_seconds_hf=cpu_hf, batch_size=a.batch_size, attention=a.attention, threads=torch.get_num_threads(), work=ours.work)
             key = f"{a.part} {name}" + ("" if said == "none" else f", {said}")
             done = json.loads(Path(a.out).read_text()) if Path(a.out).exists() else {}
             Path(a.out).write_text(json.dumps(done | {key: row}, indent=1))
