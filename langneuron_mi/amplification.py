@@ -5,20 +5,18 @@
 # %% auto #0
 __all__ = ['METHODS', 'AmplificationStudy', 'read_study', 'AmplificationResult']
 
-# %% ../nbs/34_amplification.ipynb #a637af84
-import json
-import tomllib
+# %% ../nbs/34_amplification.ipynb #40413985
 from dataclasses import asdict, dataclass, field, fields
 from inspect import signature
 from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import patch
-from jinja2 import Environment
+from markupsafe import Markup
 
 from . import identification
 from .activation_stats import ActivationStats
-from .artifacts import atomic_write, fingerprint, provenance, save_json
+from .artifacts import fingerprint, provenance
 from .corpora import load_corpus
 from .generation import Generations, generate_texts
 from .interventions import POSITIONS
@@ -28,6 +26,7 @@ from .neurons import LanguageNeurons
 from .probes import load_probes
 from .recording import record
 from .steering import Steering, _factors, _intervention, factor, lss
+from .studies import check_fields, html_table, read_toml, study_page, write_study
 
 # %% ../nbs/34_amplification.ipynb #67e2f4b4
 METHODS = ("lape", "lambda_score", "activation_probability", "average_precision", "plnd", "language_activated")
@@ -77,19 +76,16 @@ class AmplificationStudy:
         if not 0 < self.held_out < 1: raise ValueError(f"held_out is a share between 0 and 1, got {self.held_out}")
         if len(set(self.langs)) < 2: raise ValueError(f"langs must name at least two languages, got {list(self.langs)}")
 
-# %% ../nbs/34_amplification.ipynb #bb415b62
+# %% ../nbs/34_amplification.ipynb #0ce85319
 def read_study(path, # a TOML file with fields of `AmplificationStudy`; `models = [...]` makes one study a model
                **overrides, # fields that take precedence
               ) -> list[AmplificationStudy]:
     "The studies of a file."
-    try: given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no study file {path}") from None
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
+    given = read_toml(path)
     models = None if "model" in overrides else given.get("models")
     given = {k: v for k, v in given.items() if k != "models"} | overrides
     if "langs" in overrides: given = {k: v for k, v in given.items() if k not in ("bases", "targets")}  # chosen for other languages
-    known = {f.name for f in fields(AmplificationStudy)}
-    if unknown := sorted(given.keys() - known): raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are models, {', '.join(sorted(known))}")
+    check_fields(path, given, AmplificationStudy, "models")
     for k in ("tokens", "facts"): given |= {k: None} if given.get(k) == 0 else {}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if models is None: return [AmplificationStudy(**given)]
@@ -197,31 +193,13 @@ def sentences(self: AmplificationResult) -> list[str]:
         out.append(f"Random neurons, as many in each layer and given the same kind of value, shifted {d.random:.2f}; the difference is {d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}].")
     return out + [f"Tasks under {f}: {x}" for f, m in self.tasks.items() for x in m.sentences()]
 
-# %% ../nbs/34_amplification.ipynb #1b7f8417
-_page = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;color:#1b1f24;margin:0} main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.7rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2.2rem} figure{margin:1rem 0;overflow-x:auto} .wide{overflow-x:auto} .soft{color:#5b6570}
-table{border-collapse:collapse;font-size:.9rem} th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid #dfe3e8} pre{background:#f6f8fa;padding:.8rem;overflow-x:auto;font-size:.82rem}
-</style></head><body><main><p class="soft">langneuron_mi {{ version }}</p><h1>{{ title }}</h1>{% for s in sentences %}<p>{{ s }}</p>{% endfor %}
-{% for div in figures %}<figure>{{ div|safe }}</figure>{% endfor %}
-<h2>Factors</h2><div class="wide">{{ summary|safe }}</div><p class="soft">shift, target_change and base_change in nats; cost: perplexity ratio on the target's own text, median and worst over targets.</p>
-{% if samples %}<h2>What it writes</h2>{{ samples|safe }}{% endif %}
-<h2>How to read this</h2><p>A share of .5 is what chance gives where an intervention moves answers at random. Random neurons are the measure of what any intervention of this size does; intervals are over facts and do not cover the choice of model, corpus or random set. A shift by the base's name becoming unlikely, without the target's becoming likely, is damage.</p>
-<h2>Provenance</h2><pre>{{ provenance }}</pre></main></body></html>"""
-
+# %% ../nbs/34_amplification.ipynb #5ef1c089
 @patch
 def write(self: AmplificationResult, folder) -> Path: # of report.html
     "Write report.html, tables/*.csv, figures/* and provenance.json; each file appears whole or not at all."
-    from langneuron_mi import __version__
-    from langneuron_mi.figures import figure_html, save_figures
-    folder, figs = Path(folder), self.figures()
-    for name, table in self.tables().items():
-        with atomic_write(folder/"tables"/f"{name}.csv") as tmp: table.to_csv(tmp, index=False)
-    save_figures(figs, folder/"figures")
-    save_json(folder/"provenance.json", self.facts)
-    page = Environment(autoescape=True).from_string(_page).render(
-        title=f"Amplifying language neurons of {self.facts['model_id']}", version=__version__, sentences=self.sentences(), figures=figure_html(list(figs.values())),
-        summary=self.steering.summary().round(3).to_html(index=False, border=0), samples=str(self.generations.show(2)) if self.generations is not None else "",
-        provenance=json.dumps(self.facts, indent=1, ensure_ascii=False, default=str))
-    with atomic_write(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
-    return folder/"report.html"
+    figs, model = self.figures(), self.facts["model_id"]
+    sections = {"Factors": [html_table(self.steering.summary().round(3)), "shift, target_change and base_change in nats; cost: perplexity ratio on the target's own text, median and worst over targets."]}
+    if self.generations is not None: sections["What it writes"] = [Markup(str(self.generations.show(2)))]
+    sections["How to read this"] = ["A share of .5 is what chance gives where an intervention moves answers at random. Random neurons are the measure of what any intervention of this size does; intervals are over facts "
+                                    "and do not cover the choice of model, corpus or random set. A shift by the base's name becoming unlikely, without the target's becoming likely, is damage."]
+    return write_study(folder, study_page(f"Amplifying language neurons of {model}", self.sentences(), figs, sections, self.facts), self.tables(), figs, self.facts)

@@ -6,10 +6,9 @@
 __all__ = ['log', 'PANELS', 'MEASURES', 'Experiment', 'read_experiment', 'Facts', 'shared_sets', 'ExperimentResult',
            'selectivities']
 
-# %% ../nbs/32_comparison.ipynb #94bfe7d1
+# %% ../nbs/32_comparison.ipynb #b0778437
 import logging
 import statistics
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -34,6 +33,7 @@ from .recording import record
 from .sharing import Sharing, sharing
 from .statistics import bootstrap_mean
 from .steering import Steering, _Scorer, factor, lss, tokenize
+from .studies import check_fields, read_toml
 
 # %% ../nbs/32_comparison.ipynb #07704141
 log = logging.getLogger(__name__)
@@ -83,17 +83,13 @@ def _check(self: Experiment) -> None:
     if not 0 < self.at_least <= 1: raise ValueError(f"at_least is a share of the inputs, above 0 and at most 1; got {self.at_least}")
     choose(self.groups)
 
-# %% ../nbs/32_comparison.ipynb #7bcb4630
+# %% ../nbs/32_comparison.ipynb #ac62c56f
 def read_experiment(path, # a TOML file with fields of `Experiment`
                     **overrides, # fields that take precedence
                    ) -> Experiment:
     "An experiment from a TOML file."
-    try: given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no experiment file {path}") from None
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
-    known = {f.name for f in fields(Experiment)}
-    if unknown := sorted(given.keys() - known):
-        raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are {', '.join(sorted(known))}")
+    given = read_toml(path, "experiment")
+    check_fields(path, given, Experiment)
     return Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()} | overrides)
 
 # %% ../nbs/32_comparison.ipynb #1cee0e07

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../nbs/33_report.ipynb #14a78ea4
+# %% ../nbs/33_report.ipynb #58fa8b6f
 import json
 from pathlib import Path
 
 from fastcore.basics import patch
 from jinja2 import Environment
 
-from .artifacts import atomic_write, save_json
 from .comparison import MEASURES, ExperimentResult, selectivities
-from .figures import figure_html, save_figures
+from .figures import figure_html
 from .languages import language
+from .studies import write_study
 
 # %% ../nbs/33_report.ipynb #4e3cdd45
 def _names(langs) -> str:
@@ -128,7 +128,7 @@ def _continuations(self: ExperimentResult) -> list[dict]:
         except KeyError: return {"arz": "Egyptian Arabic", "zxx": "no language"}.get(c, c)
     return [dict(of=name(r.neurons_of), how=how[r.intervention], prompt=r.prompt, text=r.text, identified=known(r.identified)) for r in self.generations.itertuples()]
 
-# %% ../nbs/33_report.ipynb #a5e973f2
+# %% ../nbs/33_report.ipynb #ff478f43
 @patch
 def html(self: ExperimentResult, title: str = "Language neurons: ablation and amplification beside shared and random neurons") -> str:
     "The report as one self-contained page."
@@ -143,11 +143,4 @@ def write_report(result: ExperimentResult, # of an experiment
                  folder=None, # default: the experiment's own
                 ) -> Path: # of report.html
     "Write report.html, tables/*.csv, figures/* and provenance.json; each file appears whole or not at all."
-    folder = Path(folder or result.experiment.out)
-    for sub in ("tables", "figures"): (folder/sub).mkdir(parents=True, exist_ok=True)
-    for name, table in result.tables().items():
-        with atomic_write(folder/"tables"/f"{name}.csv") as tmp: table.to_csv(tmp, index=False)
-    save_json(folder/"provenance.json", result.facts)
-    save_figures(result.figures(), folder/"figures")
-    with atomic_write(folder/"report.html") as tmp: tmp.write_text(result.html(), encoding="utf-8")
-    return folder/"report.html"
+    return write_study(folder or result.experiment.out, result.html(), result.tables(), result.figures(), result.facts)

@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['XNLI', 'XNLI_LANGS', 'Prompts', 'parallel_prompts', 'SharingStudy', 'read_sharing', 'SharingResult']
 
-# %% ../nbs/35_sharing_study.ipynb #fbdaea03
+# %% ../nbs/35_sharing_study.ipynb #93ebec73
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pandas as pd
 from fastcore.basics import patch
-from jinja2 import Environment
 
-from .artifacts import atomic_write, fingerprint, provenance, save_json
+from .artifacts import atomic_write, fingerprint, provenance
 from .attribution import category_contribution
 from .languages import language
 from .models import load_model, view
 from .probes import load_probes
 from .sharing import CATEGORIES, CategoryEffect, Sharing, category_effect, check_prompts, sharing
+from .studies import check_fields, html_table, read_toml, study_page, write_study
 
 # %% ../nbs/35_sharing_study.ipynb #27a974f1
 @dataclass(frozen=True)
@@ -145,19 +144,16 @@ class SharingStudy:
     def sources(self) -> dict[str, str]: # by task
         return dict(self.tasks) if self.tasks else {Path(self.prompts).stem.partition(":")[0] or "prompts": self.prompts}
 
-# %% ../nbs/35_sharing_study.ipynb #cf2a4914
+# %% ../nbs/35_sharing_study.ipynb #6d0964c9
 def read_sharing(path, # a TOML file with fields of `SharingStudy`; `models = [...]` makes one study a model
                  **overrides, # fields that take precedence
                 ) -> list[SharingStudy]:
     "The studies of a file."
-    try: given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no study file {path}") from None
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
+    given = read_toml(path)
     models = None if "model" in overrides else given.get("models")
     given = {k: v for k, v in given.items() if k != "models"} | overrides
     if "prompts" in overrides: given.pop("tasks", None)
-    known = {f.name for f in fields(SharingStudy)}
-    if unknown := sorted(given.keys() - known): raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are models, {', '.join(sorted(known))}")
+    check_fields(path, given, SharingStudy, "models")
     if given.get("items") == 0: given["items"] = None
     if models is None: return [SharingStudy(**given)]
     out = Path(given.get("out", "runs/sharing"))
@@ -270,30 +266,13 @@ def sentences(self: SharingResult) -> list[str]:
                    f"neurons by {d.random:+.2f}, a difference of {d.difference:+.2f} [{d.low:+.2f}, {d.high:+.2f}].".replace("  ", " "))
     return out
 
-# %% ../nbs/35_sharing_study.ipynb #139ff649
-_page = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;color:#1b1f24;margin:0} main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.7rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2.2rem} figure{margin:1rem 0;overflow-x:auto} .wide{overflow-x:auto} .soft{color:#5b6570}
-table{border-collapse:collapse;font-size:.9rem} th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid #dfe3e8} pre{background:#f6f8fa;padding:.8rem;overflow-x:auto;font-size:.82rem}
-</style></head><body><main><p class="soft">langneuron_mi {{ version }}</p><h1>{{ title }}</h1>{% for s in sentences %}<p>{{ s }}</p>{% endfor %}
-{% for div in figures %}<figure>{{ div|safe }}</figure>{% endfor %}
-<h2>Does the threshold matter?</h2><p>Mean share of neurons in each category when active means above θ.</p><div class="wide">{{ curve|safe }}</div>
-<h2>How to read this</h2><p>A category is decided anew for every item. With more languages fewer neurons can be all-shared, so shares of runs with different languages are not compared. Random sets have as many neurons in every layer;
-drawn from active neurons they are the harder control. Intervals are over items, and cover neither the choice of languages nor of the model.</p>
-<h2>Provenance</h2><pre>{{ provenance }}</pre></main></body></html>"""
-
+# %% ../nbs/35_sharing_study.ipynb #455c898c
 @patch
 def write(self: SharingResult, folder) -> Path: # of report.html
     "Write report.html, tables/*.csv, figures/* and provenance.json; each file appears whole or not at all."
-    from langneuron_mi import __version__
-    from langneuron_mi.figures import figure_html, save_figures
-    folder, figs = Path(folder), self.figures()
-    for name, table in self.tables().items():
-        with atomic_write(folder/"tables"/f"{name}.csv") as tmp: table.to_csv(tmp, index=False)
-    save_figures(figs, folder/"figures")
-    save_json(folder/"provenance.json", self.facts)
-    curve = self.sharing.to_df().groupby(["theta", "category"], sort=False).share.mean().unstack().round(4).to_html(border=0)
-    page = Environment(autoescape=True).from_string(_page).render(title=f"Neurons that languages share in {self.facts['model_id']}", version=__version__, sentences=self.sentences(),
-        figures=figure_html(list(figs.values())), curve=curve, provenance=json.dumps(self.facts, indent=1, ensure_ascii=False, default=str))
-    with atomic_write(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
-    return folder/"report.html"
+    figs, curve = self.figures(), self.sharing.to_df().groupby(["theta", "category"], sort=False).share.mean().unstack().round(4)
+    sections = {"Does the threshold matter?": ["Mean share of neurons in each category when active means above θ.", html_table(curve, index=True)],
+                "How to read this": ["A category is decided anew for every item. With more languages fewer neurons can be all-shared, so shares of runs with different languages are not compared. Random sets have as many neurons "
+                                     "in every layer; drawn from active neurons they are the harder control. Intervals are over items, and cover neither the choice of languages nor of the model."]}
+    page = study_page(f"Neurons that languages share in {self.facts['model_id']}", self.sentences(), figs, sections, self.facts)
+    return write_study(folder, page, self.tables(), figs, self.facts)

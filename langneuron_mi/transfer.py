@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['seed_interval', 'TransferResult']
 
-# %% ../nbs/38_transfer.ipynb #0502f535
-import json
+# %% ../nbs/38_transfer.ipynb #09c4f356
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from jaxtyping import Float
-from jinja2 import Environment
 from scipy import stats as scipy_stats
 
-from .artifacts import atomic_write, load_artifact, provenance, save_artifact, save_json
+from .artifacts import load_artifact, provenance, save_artifact
 from .neurons import LanguageNeurons
 from .sharing import CATEGORIES
 from .statistics import Estimate, bootstrap_mean, bootstrap_ratio
+from .studies import html_table, study_page, write_study
 from .test_time import TestTime
 from .transfer_bench import Bench, TransferStudy, condition_name, read_transfer
 
@@ -195,29 +194,12 @@ def sentences(self: TransferResult) -> list[str]:
         out.append(f"{_first_up(condition_name(r.condition))}: share of all-shared neurons {r.before:.1%} -> {r.value:.1%} ({100*r.effect:+.2f} points).")
     return out
 
-# %% ../nbs/38_transfer.ipynb #b0fb3b46
-_page = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title><style>
-body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;color:#1b1f24;margin:0} main{max-width:60rem;margin:0 auto;padding:1.5rem 1rem 4rem}
-h1{font-size:1.7rem;line-height:1.2} h2{font-size:1.2rem;margin-top:2.2rem} figure{margin:1rem 0;overflow-x:auto} .wide{overflow-x:auto} .soft{color:#5b6570}
-table{border-collapse:collapse;font-size:.9rem} th,td{text-align:right;padding:.3rem .6rem;border-bottom:1px solid #dfe3e8} pre{background:#f6f8fa;padding:.8rem;overflow-x:auto;font-size:.82rem}
-</style></head><body><main><p class="soft">langneuron_mi {{ version }}</p><h1>{{ title }}</h1>{% for s in sentences %}<p>{{ s }}</p>{% endfor %}
-{% for div in figures %}<figure>{{ div|safe }}</figure>{% endfor %}<h2>Effects</h2><div class="wide">{{ effects|safe }}</div>
-<p class="soft">effect: ratio of perplexities, or difference; low, high: Student's interval over seeds; low_items, high_items: bootstrap over windows or items of the mean over seeds.</p>
-<h2>How to read this</h2><p>Random neurons of equal number per layer are the measure of what tuning any neurons does; the attention alone and full LoRA are what neurons compete with, at the numbers of parameters given. Intervals do not cover the choice of model, text or method.</p>
-<h2>Provenance</h2><pre>{{ provenance }}</pre></main></body></html>"""
-
+# %% ../nbs/38_transfer.ipynb #6ee0b49c
 @patch
 def write(self: TransferResult, folder) -> Path: # of report.html
     "Write report.html, tables/*.csv, figures/* and provenance.json; each file appears whole or not at all."
-    from langneuron_mi import __version__
-    from langneuron_mi.figures import figure_html, save_figures
-    folder, figs = Path(folder), self.figures()
-    for name, table in self.tables().items():
-        with atomic_write(folder/"tables"/f"{name}.csv") as tmp: table.to_csv(tmp, index=False)
-    save_figures(figs, folder/"figures")
-    save_json(folder/"provenance.json", self.facts)
-    page = Environment(autoescape=True).from_string(_page).render(
-        title=f"Tuning language neurons of {self.facts['model_id']}", version=__version__, sentences=self.sentences(), figures=figure_html(list(figs.values())) if figs else [],
-        effects=self.compare().round(3).to_html(index=False, border=0), provenance=json.dumps(self.facts, indent=1, ensure_ascii=False, default=str))
-    with atomic_write(folder/"report.html") as tmp: tmp.write_text(page, encoding="utf-8")
-    return folder/"report.html"
+    figs = self.figures()
+    sections = {"Effects": [html_table(self.compare().round(3)), "effect: ratio of perplexities, or difference; low, high: Student's interval over seeds; low_items, high_items: bootstrap over windows or items of the mean over seeds."],
+                "How to read this": ["Random neurons of equal number per layer are the measure of what tuning any neurons does; the attention alone and full LoRA are what neurons compete with, at the numbers of parameters given. "
+                                     "Intervals do not cover the choice of model, text or method."]}
+    return write_study(folder, study_page(f"Tuning language neurons of {self.facts['model_id']}", self.sentences(), figs, sections, self.facts), self.tables(), figs, self.facts)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CONDITIONS', 'TASKS', 'condition_config', 'condition_name', 'TransferStudy', 'read_transfer', 'Bench', 'Cell']
 
-# %% ../nbs/37_transfer_bench.ipynb #df9eeecd
-import tomllib
+# %% ../nbs/37_transfer_bench.ipynb #f96cd32a
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from inspect import signature
@@ -26,6 +25,7 @@ from .neurons import LanguageNeurons, NeuronSet
 from .perplexity import perplexity_matrix, window_nll
 from .recording import record
 from .sharing import CATEGORIES, sharing
+from .studies import check_fields, read_toml
 from .test_time import TestTime, TokenValues, test_time
 from .neuron_lora import TuneConfig, trainable_parameters
 from .tuning import Tuned, lm_dataset, plain_model, tune
@@ -124,7 +124,7 @@ def _tuning(self: TransferStudy) -> tuple[dict, int, float]: # fields of TuneCon
     TuneConfig(**given | self.tuning)
     return given | self.tuning, self.length or length, share
 
-# %% ../nbs/37_transfer_bench.ipynb #b8bbacac
+# %% ../nbs/37_transfer_bench.ipynb #230e8e8b
 @patch
 def _config(self: TransferStudy) -> dict:
     "The parameters as plain JSON; objects by their name."
@@ -135,9 +135,7 @@ def read_transfer(path, # a TOML file with fields of `TransferStudy`; `models = 
                   **overrides, # fields that take precedence
                  ) -> list[TransferStudy]:
     "The studies of a file."
-    try: given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no study file {path}") from None
-    except tomllib.TOMLDecodeError as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
+    given = read_toml(path)
     models = None if "model" in overrides else given.get("models")
     given = {k: v for k, v in given.items() if k != "models"} | overrides
     tasks = {t: given.get(t, {}) for t in ([overrides["task"]] if "task" in overrides else given.get("tasks", ()))} or {None: {}}
@@ -147,8 +145,7 @@ def read_transfer(path, # a TOML file with fields of `TransferStudy`; `models = 
 
 def _study(path, given: dict, model, task: str | None) -> TransferStudy:
     "One study of a file; several get a folder each."
-    known = {f.name for f in fields(TransferStudy)}
-    if unknown := sorted(given.keys() - known): raise ValueError(f"{path}: no option {', '.join(map(repr, unknown))}; allowed are models, tasks, a table for each task, {', '.join(sorted(known))}")
+    check_fields(path, given, TransferStudy, "models", "tasks", "a table for each task")
     for k in ("tokens", "train_tokens", "train_items", "test_items"): given |= {k: None} if given.get(k) == 0 else {}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     out = Path(given.get("out", "runs/transfer"))
