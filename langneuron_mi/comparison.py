@@ -367,7 +367,7 @@ def _per_layer(self: ExperimentResult) -> pd.DataFrame:
 @patch
 def plot(self: ExperimentResult):
     "The comparison: own language against the others, by selectivity."
-    from langneuron_mi.figures import selectivity
+    from langneuron_mi.sharing_figures import selectivity
     return selectivity(selectivities(self.comparison))
 
 @patch

@@ -269,7 +269,7 @@ def plot(self: Sharing,
          theta: float | None = None, # a measured threshold; None = the first
          **kwargs): # as for category_shares
     "Stacked bars of the category shares per layer, one panel a task."
-    from langneuron_mi.figures import category_shares
+    from langneuron_mi.sharing_figures import category_shares
     df = self.to_df()
     return category_shares(df[df.theta == self.theta[self._at(theta)]], **kwargs)
 

@@ -246,7 +246,7 @@ def tables(self: SharingResult) -> dict[str, pd.DataFrame]: # by file name, with
 @patch
 def figures(self: SharingResult) -> dict: # by name
     "Shares per layer and task, contributions, and effects of ablation."
-    from langneuron_mi.figures import category_contribution_figure
+    from langneuron_mi.sharing_figures import category_contribution_figure
     out = {"categories": self.sharing.plot()}
     for t, df in self.contribution.groupby("task", sort=False): out[f"contribution_{t}"] = category_contribution_figure(df, title=f"What each category contributes: {t}")
     return out | {f"effects_{t}": e.plot() for t, e in self.effects.items()}

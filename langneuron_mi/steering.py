@@ -223,7 +223,7 @@ def load(cls: Steering, path) -> Steering:
 def plot(self: Steering, factor: str | None = None, # by default the first
          kind: str = "own"):
     "LSS of every base and target under one factor."
-    from langneuron_mi.figures import lss_matrix
+    from langneuron_mi.steering_figures import lss_matrix
     f = factor or self.items.factor.iloc[0]
     return lss_matrix(self.to_df().query("factor == @f and kind == @kind"), title=f"Share of facts shifted to the target: {f}, {'its own' if kind == 'own' else kind} neurons")
 
@@ -231,7 +231,7 @@ def plot(self: Steering, factor: str | None = None, # by default the first
 def plot_factors(self: Steering, generations=None # from generate_texts: adds the share of texts in the target language
                 ):
     "Factors side by side: LSS, perplexity, language of generated text; own and random neurons."
-    from langneuron_mi.figures import factor_curves
+    from langneuron_mi.steering_figures import factor_curves
     s = self.summary()
     kind = s.kind.where(s.kind == "own", "random").map({"own": "own neurons", "random": "random neurons"})
     parts = [s.assign(kind=kind, measure="LSS", value=s.lss)[["factor", "measure", "kind", "value", "low", "high"]].groupby(["factor", "measure", "kind"], sort=False, as_index=False).mean()]

@@ -3,7 +3,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy2, rmtree
 
 import nbformat
 import yaml
@@ -51,6 +51,15 @@ def _renamed(item, names: dict[str, str]):
     return item
 
 
+def reference(modules: list[str], names: dict[str, str]) -> list[dict]:
+    "The modules under the headings of README's map, in its order; one that the map forgot stands at the end."
+    cell = next(c for c in nbformat.read(ROOT/"nbs/index.ipynb", as_version=4).cells if c.source.startswith("## The map"))
+    groups = [(title, [_renamed(f, names) for f in re.findall(r"^\| \[\w+\]\(([\w.]+)\)", part, re.M)])
+              for title, part in re.findall(r"^### (.+)\n((?:(?!### ).*\n?)*)", cell.source, re.M)]
+    forgotten = [m for m in modules if not any(m in pages for _, pages in groups)]
+    return [{"section": title, "contents": pages} for title, pages in groups if pages] + forgotten
+
+
 def order_sidebar(proc: Path, names: dict[str, str]) -> None:
     "The four kinds of page as readable sections; the modules are the reference."
     path = proc/"sidebar.yml"
@@ -60,7 +69,7 @@ def order_sidebar(proc: Path, names: dict[str, str]) -> None:
     pages = [i for i in contents if isinstance(i, str)]
     home, modules = [p for p in pages if Path(p).stem == "index"], [p for p in pages if Path(p).stem != "index"]
     sections = [{"section": title, "contents": folders[d]} for d, title in SECTIONS.items() if folders.get(d)]
-    out = [*home, *sections, {"section": "Reference", "contents": modules}]
+    out = [*home, *sections, {"section": "Reference", "contents": reference(modules, names)}]
     path.write_text(yaml.safe_dump({"website": {"sidebar": {"contents": out}}}, sort_keys=False), encoding="utf-8")
 
 
@@ -83,6 +92,7 @@ def main() -> int:
     for f in ("nbdev.yml", "_quarto.yml"):
         text = (ROOT/"nbs"/f).read_text(encoding="utf-8")
         (proc/f).write_text(re.sub(r"output-dir: .*", "output-dir: ../_docs", text), encoding="utf-8")
+    copy2(ROOT/"nbs/styles.css", proc)
     order_sidebar(proc, names)
     for command in ("render", "check"):
         quiet = ["--quiet"] if command == "render" else []
