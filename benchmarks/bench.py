@@ -236,8 +236,11 @@ def main() -> None:
     r = dict(machine=f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}", command="make bench",
              versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")} | dict(python=platform.python_version()),
              settings=dict(model="gemma-3-270m (Q4_K_M, dequantised), fp32", window=LENGTH, batch=BATCH))
-    for part in PARTS: r |= result(part)
-    (HERE / "results.json").write_text(json.dumps(r, indent=1) + "\n")
+    so_far = HERE / "results.part.json" # an hour's work is not lost with its last part
+    for part in PARTS:
+        r |= result(part)
+        so_far.write_text(json.dumps(r, indent=1) + "\n")
+    so_far.replace(HERE / "results.json")
     table(r)
 
 

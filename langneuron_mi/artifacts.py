@@ -110,6 +110,14 @@ def _sync(path: Path) -> None:
     finally: os.close(fd)
 
 # %% ../nbs/03_artifacts.ipynb #acc38b39
+def _mode(target: Path, temp: Path) -> int:
+    "Who may read and write: as before where a file is replaced, else as the process makes files (its umask)."
+    if target.exists(): return target.stat().st_mode
+    temp.touch()
+    mode = temp.stat().st_mode
+    temp.unlink()
+    return mode
+
 @contextmanager
 def atomic_write(path: str | Path, # the file to make or replace; missing folders are created
                 ) -> Iterator[Path]: # a temporary file in the same folder, with the same suffix: write to this one
@@ -119,9 +127,11 @@ def atomic_write(path: str | Path, # the file to make or replace; missing folder
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         temp = _temp_for(target)
+        mode = _mode(target, temp)
         _writing.add(temp)
         yield temp
         if not temp.exists(): raise ArtifactError(f"nothing was written for {path}: write to the path that atomic_write yields")
+        if temp.stat().st_mode != mode: temp.chmod(mode)  # safetensors writes files that only their owner may read
         _sync(temp)
         os.replace(temp, target)
         if os.name == "posix": _sync(target.parent)
@@ -201,11 +211,12 @@ def save_artifact(path: str | Path, # conventionally ends in .safetensors
 # %% ../nbs/03_artifacts.ipynb #b71a2c62
 def _refuse_unreadable(path: Path, why: Exception) -> ArtifactError:
     "The reason why safetensors cannot open a file, in words that help."
-    with open(path, "rb") as f: start = f.read(4)
-    if start[:1] == b"\x80" or start == b"PK\x03\x04":
+    with open(path, "rb") as f: start = f.read(9)  # a length of eight bytes, then JSON
+    if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
         return ArtifactError(f"{path} looks like a pickle (torch.save): these run code when loaded and are never opened here; "
                              "give a .safetensors artifact, or read it with the importer of its format")
-    return ArtifactError(f"{path} is cut short or no safetensors file ({why}); delete it and run the step that wrote it again")
+    if len(start) > 8 and start[8:] != b"{": return ArtifactError(f"{path} is no safetensors file; give a file that this package wrote")
+    return ArtifactError(f"{path} is cut short or damaged ({why}); if this package wrote it, delete it and run the step that wrote it again")
 
 def read_header(path: str | Path, # a file written by `save_artifact`
                ) -> dict: # kind, schema, meta, sha256

@@ -9,7 +9,11 @@ __all__ = ['commands', 'demo', 'compare', 'record', 'identify', 'perplexity', 's
 # %% ../nbs/50_cli.ipynb #e05df8c6
 import os
 import re
+import signal
 import sys
+import threading
+import warnings
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -71,12 +75,17 @@ def record(
 ):
     "Record how often every neuron fires in every language"
     langs = _langs(langs)
+    if tokens < 0: raise ValueError(f"--tokens {tokens}: give 1 or more, or 0 for all there is")
+    if min(batch_size, shard_size) < 1: raise ValueError(f"--batch_size {batch_size}, --shard_size {shard_size}: give 1 or more windows")
+    if engine == "process" and (workers or address or gpus >= 0): raise ValueError("--workers, --address and --gpus are for a cluster; add --engine ray")
     from langneuron_mi.corpora import load_corpus
     from langneuron_mi.models import load_model
     from langneuron_mi.activation_stats import check_site
     from langneuron_mi.groups import choose
     from langneuron_mi.recording import record
+    from langneuron_mi.windows import check_layout
     check_site(site)
+    check_layout(layout)
     keep = choose("all" if groups == "all" else [g.strip() for g in groups.split(",") if g.strip()])
     train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
     where = _where(engine, workers, address, gpus, model, revision) if engine != "process" else dict(model=load_model(model, revision=revision or None))
@@ -148,8 +157,9 @@ def perplexity(
     _, text = load_corpus(corpus, langs).split(held_out, seed=seed)
     df = perplexity_matrix(load_model(model, revision=revision or None), text, [found] + ([found.random_like(seed)] if random else []), tokens=tokens, seed=seed,
                            out=Path(out).with_suffix(".rows")).to_df()  # finished rows are kept there
-    with atomic_write(out) as tmp: df[df.method != "none"].to_csv(tmp, index=False)
-    return f"{len(df)} cells: {out}"
+    df.insert(list(df).index("neurons_of") + 1, "n_neurons", df.neurons_of.map({l: len(s) for l, s in found.items()}).fillna(0).astype(int))
+    with atomic_write(out) as tmp: df.to_csv(tmp, index=False)
+    return f"{len(df)} rows, those of method none without any change: {out}"
 
 # %% ../nbs/50_cli.ipynb #7376ee27
 def steer(
@@ -308,6 +318,18 @@ def _parse(name: str, argv: list[str]) -> dict:
     return {k: v for k, v in args.items() if k not in ("pdb", "xtra")}
 
 # %% ../nbs/50_cli.ipynb #b42c885a
+@contextmanager
+def _in_a_shell(where: str):
+    "Every warning in one line; SIGTERM, which a cluster sends before it takes the machine away, ends a command as Ctrl-C does."
+    def stop(*_): raise KeyboardInterrupt("stopped by SIGTERM")
+    ours = threading.current_thread() is threading.main_thread()
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _fail(where, f"warning: {message}")
+        before = signal.signal(signal.SIGTERM, stop) if ours else None
+        try: yield
+        finally:
+            if ours: signal.signal(signal.SIGTERM, before)
+
 def main(argv: list[str] | None = None # default: the process's own
         ) -> int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Entry point of `langneuron`."
@@ -319,7 +341,8 @@ def main(argv: list[str] | None = None # default: the process's own
         near = get_close_matches(argv[0], commands, 1)
         return _fail("langneuron", f"no command {argv[0]!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"Commands are {', '.join(commands)}")
     args = _parse(argv[0], argv[1:])
-    try: print(commands[argv[0]](**args))
+    try:
+        with _in_a_shell(f"langneuron {argv[0]}"): print(commands[argv[0]](**args))
     except KeyboardInterrupt as e: return _fail(f"langneuron {argv[0]}", str(e) or "interrupted", 130)
     except (ValueError, LookupError, OSError, TypeError, ImportError, RuntimeError) as e:
         if os.environ.get("LANGNEURON_DEBUG"): raise

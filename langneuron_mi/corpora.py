@@ -157,7 +157,7 @@ def _wanted(found: Mapping[str, object], langs: Iterable[str] | None, where: str
     "The entries of the languages wanted, all by default."
     codes = tuple(found) if langs is None else _codes(langs)
     missing = [c for c in codes if c not in found]
-    if missing: raise CorpusError(f"{where} has no {', '.join(map(repr, missing))}; it has {', '.join(found) or 'nothing'}")
+    if missing: raise CorpusError(f"{where} has no {', '.join(map(repr, missing))}; it has {', '.join(found) or 'nothing'}; add it there, or leave it out")
     if not codes: raise CorpusError(f"no language is asked for; {where} has {', '.join(found) or 'nothing'}")
     return {c: found[c] for c in codes}
 
@@ -215,7 +215,7 @@ def _load_folder(source: str | Path, langs, aligned: bool, sep: str, text_field:
     "A folder of {lang}.txt, {lang}.jsonl or {lang}.parquet; aligned ones are read into memory."
     folder = Path(source)
     files = sorted(p for p in folder.iterdir() if p.suffix in READERS and p.is_file())
-    if not files: raise CorpusError(f"{folder} holds no {{lang}}.txt, {{lang}}.jsonl or {{lang}}.parquet")
+    if not files: raise CorpusError(f"{folder} holds no {{lang}}.txt, {{lang}}.jsonl or {{lang}}.parquet; put one there for each language, named by its code, as en.txt")
     by_name = {}
     for p in files:
         if p.stem in by_name: raise CorpusError(f"{folder} has {by_name[p.stem].name} and {p.name}; keep one")

@@ -120,6 +120,8 @@ def _owned(stats, counts, tokens, taken, bar) -> dict: # language -> NeuronSet
         at = taken[layer].nonzero().flatten()
         p = _rates(counts[:,layer][:,at.numpy()], tokens)
         for k,lang in enumerate(stats.langs): own[lang][layer,at] = torch.from_numpy(p[k]>bar)
+    if idle := [lang for lang,o in own.items() if not o.any()]:
+        warnings.warn(f"no neuron was found for {', '.join(idle)}: whatever is done to such a set changes nothing; raise top= or lower bar=, or give more text", stacklevel=3)
     return {lang: _none(stats)|NeuronSet.from_mask(o, stats.site) for lang,o in own.items()}
 
 def _facts(stats) -> dict:

@@ -115,6 +115,8 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
     if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ModelError(f"no folder {source}; give a folder with config.json, a bundled name ({', '.join(_bundled)}) or a hub id")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .artifacts import fingerprint, load_artifact, provenance, save_artifact
 from .corpora import Corpus, load_corpus
-from .interventions import Intervention, ablate
+from .interventions import Intervention, ablate, check_model
 from .models import ModelView, read_tokens, view
 from .neurons import LanguageNeurons
 from .statistics import bootstrap_ratio
@@ -93,7 +93,7 @@ def check_held_out(windows: TokenWindows, # text to measure on
     for lang in windows.langs:
         if lang in seen and (n := shares_text(windows.seen(lang), seen[lang])):
             raise ValueError(f"{lang}: at least {n} of the texts to measure on were used to find these neurons; "
-                             "use the second part of corpus.split(0.1), or another corpus")
+                             "use the second part of the corpus.split(0.1, seed=) whose first part was recorded (langneuron: the same --held_out and --seed as in record), or another corpus")
 
 # %% ../nbs/20_perplexity.ipynb #2a8040ae
 def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
@@ -191,6 +191,8 @@ def perplexity_matrix(model, # a hooked model
     v, rows = view(model).check() if engine == "process" else engine.view(model), _as_rows(interventions)
     v.untouched("measuring perplexity")
     _check_tokenizer(interventions, v)
+    for e in (e for i in rows.values() for e in i.edits if engine == "process"): check_model(e.neurons, v)
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size}: give 1 or more windows")
     if ("none", "none") in rows: raise ValueError("('none', 'none') is the row of the untouched model; give the intervention another name")
     corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
     w = pack(corpus, v.tokenizer, langs=langs, tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id)

@@ -51,6 +51,7 @@ def shards(windows: TokenWindows, # packed text
            size: int = 16, # windows per shard
           ) -> list[Shard]:
     "All shards, language by language."
+    if size < 1: raise ValueError(f"shard_size={size}: give 1 or more windows")
     spans = [(lang, i, min(i + size, windows.n_windows(lang))) for lang in windows.langs for i in range(0, windows.n_windows(lang), size)]
     return [Shard(n, *span) for n, span in enumerate(spans)]
 
@@ -96,6 +97,7 @@ class Recorder:
                  batch_size: int = 8, # windows per forward pass
                  texts: int = 100, # of each language, for the groups that keep something per text
                 ):
+        if batch_size < 1: raise ValueError(f"batch_size={batch_size}: give 1 or more windows" + ', or "auto"')
         self.names = choose(groups_)
         self.view, self.site, self.batch_size = view(model).check(), check_site(site), batch_size
         self.kind = "pre" if site == "gate" and self.view.gated else "post"
@@ -351,10 +353,10 @@ def record(model, # a hooked model, from load_model
         run.check_config({k: stats.meta.get(k) for k in config}, run.path())
         return stats
     recorder._check_texts(windows)
-    return _record_all(recorder, windows, shards(windows, shard_size), run, corpus, progress, checkpoint_every, Recorder if engine == "process" else engine)
+    return _record_all(recorder, windows, shards(windows, shard_size), shard_size, run, corpus, progress, checkpoint_every, Recorder if engine == "process" else engine)
 
 # %% ../nbs/10_recording.ipynb #c24b13ab
-def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], run: _Run, corpus: Corpus, progress: bool, every: float, engine) -> ActivationStats:
+def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], shard_size: int, run: _Run, corpus: Corpus, progress: bool, every: float, engine) -> ActivationStats:
     "Every language in turn, then the finished artifact; text statistics are written, and let go, language by language."
     from tqdm.auto import tqdm
     by_lang = {lang: [s for s in todo if s.lang == lang] for lang in windows.langs}
@@ -371,7 +373,9 @@ def _record_all(recorder: Recorder, windows: TokenWindows, todo: list[Shard], ru
                     sums[lang] = save_texts(run.path(), lang, texts[lang])
                     texts[lang] = load_texts(run.path(), lang)
     except KeyboardInterrupt:
-        kept = f"what is done is kept in {run.folder}; run the same call again to go on" if run.folder else "give out= to make a recording resumable"
+        first = f"no shard of {shard_size} windows was finished, so the same call begins anew; a smaller shard_size= keeps more"
+        some = run.folder and any(run.path(lang).exists() for lang in windows.langs)
+        kept = f"what is done is kept in {run.folder}; run the same call again to go on" if some else first if run.folder else "give out= to make a recording resumable"
         raise KeyboardInterrupt(f"recording stopped at {bar.n} of {bar.total} tokens: {kept}") from None
     t = {k: torch.stack([results[l][k] for l in windows.langs]) for k in next(iter(results.values()))}
     per_text = {g: {l: texts[l][g] for l in windows.langs} for g in next(iter(texts.values()))}

@@ -169,7 +169,8 @@ def _mean_over_pairs(d: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> Esti
     table = d.pivot_table(index="fact", columns=["base", "target"], values="moved", aggfunc="mean").astype(float)
     m, there = table.fillna(0).to_numpy(), table.notna().to_numpy().astype(float)
     value = float(np.mean(m.sum(0)/there.sum(0)))
-    if len(m) < 2 or len(np.unique(m[there > 0])) < 2: return Estimate(value, value if len(m) > 1 else np.nan, value if len(m) > 1 else np.nan, len(m))
+    if value in (0, 1): return bootstrap_share(np.full(len(m), value))  # all alike: the exact interval, since resampling finds no spread
+    if len(m) < 2: return Estimate(value, np.nan, np.nan, len(m))
     w = np.random.default_rng(seed).multinomial(len(m), np.full(len(m), 1/len(m)), n_boot).astype(float)
     with np.errstate(invalid="ignore"): draws = np.nanmean((w @ m)/(w @ there), 1)
     tail = (1 - expanded_level(len(m)))/2
@@ -177,7 +178,7 @@ def _mean_over_pairs(d: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> Esti
 
 @patch
 def summary(self: Steering) -> pd.DataFrame: # factor, kind, lss, low, high, shift, target_change, base_change, cost, worst_cost
-    "Each factor over all pairs: mean LSS with an interval over facts, mean shift and its parts in nats, median and largest perplexity ratio."
+    "Each factor over all pairs: mean LSS with an interval over facts, mean shift and its parts in nats, median and largest perplexity ratio (nan unless lss was given text=)."
     rows = []
     for (factor, kind), d in self.items.groupby(["factor", "kind"], sort=False):
         d = d.assign(moved=_shift(d) > 0, shift=_shift(d))

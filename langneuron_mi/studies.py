@@ -25,7 +25,7 @@ def read_toml(path, # a TOML file
              ) -> dict:
     "Fields of a study's file."
     try: return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ValueError(f"no {kind} file {path}") from None
+    except FileNotFoundError: raise ValueError(f"no {kind} file {path}; give a TOML file, such as those in experiments/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f"{path} is not valid TOML: {e}") from None
 
 def check_fields(path, # named in the error

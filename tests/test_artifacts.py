@@ -250,3 +250,23 @@ def test_artifacts_provenance(monkeypatch):
     assert p["command"] == ["langneuron", "record", "--seed", "0"] and p["packages"]["torch"] and p["model"] == "m"
     assert p == provenance(model="m") and json.loads(json.dumps(p)) == p
     with pytest.raises(ValueError, match="packages"): provenance(packages=[])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_artifacts_are_readable_as_the_umask_says(tmp_path):
+    "safetensors alone writes files that only their owner may read: colleagues on a shared disk could not."
+    old = os.umask(0o022)
+    try:
+        save_artifact(tmp_path/"a.safetensors", "x", {"t": torch.ones(2)}, {})
+        (tmp_path/"a.safetensors").chmod(0o640)
+        save_artifact(tmp_path/"a.safetensors", "x", {"t": torch.zeros(2)}, {})  # replaced: as it was
+        save_artifact(tmp_path/"b.safetensors", "x", {"t": torch.ones(2)}, {})
+        with atomic_write(tmp_path/"c.txt") as tmp: tmp.write_text("x")
+    finally: os.umask(old)
+    assert [f.stat().st_mode & 0o777 for f in sorted(tmp_path.iterdir())] == [0o640, 0o644, 0o644]
+
+
+def test_artifacts_a_file_of_another_kind_is_not_called_damaged(tmp_path):
+    (tmp_path/"en.txt").write_text("A corpus, by no means to be deleted.")
+    with pytest.raises(ArtifactError, match="is no safetensors file; give a file that this package wrote") as e: load_artifact(tmp_path/"en.txt", "x")
+    assert "delete" not in str(e.value)

@@ -1,12 +1,16 @@
 "Command line: fast help, one line and exit code 2 on wrong input, the whole way on a tiny model."
+import os
+import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pandas as pd
 import pytest
 
 from langneuron_mi.cli import commands, main
+from langneuron_mi.neurons import LanguageNeurons
 from langneuron_mi.testing import planted_model
 
 
@@ -41,7 +45,14 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
     (["record", "gemma-3-270m", "/no/such/folder", "en,de", "x"], "/no/such/folder"),
     (["identify", "/no/such/file", "x.safetensors"], "/no/such/file"),
     (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
-    (["compare", "/no/such.toml"], "/no/such.toml"),
+    (["compare", "/no/such.toml"], "no experiment file /no/such.toml; give a TOML file"),
+    (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "--batch_size 0"),
+    (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "--shard_size 0"),
+    (["record", "./no_model", "bible", "en", "x", "--tokens=-5"], "0 for all there is"),
+    (["record", "./no_model", "bible", "en", "x", "--layout", "foo"], "allowed are 'packed' and 'texts'"),
+    (["record", "./no_model", "bible", "en", "x", "--workers", "2"], "add --engine ray"),
+    (["record", "./no_model", "bible", "en", "x"], "no folder ./no_model; give a folder with config.json"),
+    (["info", __file__], "is no safetensors file; give a file that this package wrote"),
     (["report", "/no/such"], "/no/such"),
     (["info", "/no/such"], "/no/such"),
 ])
@@ -67,7 +78,12 @@ def test_cli_the_whole_way(tmp_path, capsys):
     assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "ppl.csv"), "--tokens", "60"]) == 0
     df = pd.read_csv(tmp_path / "ppl.csv")
     own = df[(df.method == "lape") & (df.neurons_of == df.text_lang)]
-    assert (own.ratio > 3).all() and set(df.method) == {"lape", "random"}
+    assert (own.ratio > 3).all() and set(df.method) == {"none", "lape", "random"}
+    found = LanguageNeurons.load(tmp_path / "neurons.safetensors")
+    assert all(r.n_neurons == (0 if r.method == "none" else len(found[r.neurons_of])) for r in df.itertuples())
+    assert f"{len(df)} rows" in capsys.readouterr().out
+    assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]) == 2
+    assert "the same --held_out and --seed as in record" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "neurons.safetensors")]) == 0
     assert '"kind"' in capsys.readouterr().out
     config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
@@ -78,3 +94,18 @@ def test_cli_the_whole_way(tmp_path, capsys):
     assert main(["report", str(tmp_path / "exp")]) == 0
     (tmp_path / "e.toml").write_text(config.replace("tokens = 400", "tokenz = 400"))
     assert main(["compare", str(tmp_path / "e.toml")]) == 2
+
+
+def test_cli_warnings_are_one_line_each(monkeypatch, capsys):
+    monkeypatch.setitem(commands, "info", lambda artifact: warnings.warn("two\nlines") or "done")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["info", "x"]) == 0
+    assert capsys.readouterr() == ("done\n", "langneuron info: warning: two lines\n")
+
+
+def test_cli_sigterm_ends_as_ctrl_c_does(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(commands, "info", lambda artifact: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    assert main(["info", "x"]) == 130 and capsys.readouterr().err == "langneuron info: stopped by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -218,3 +218,11 @@ print((peak() - before) / (c.numel() * 8))
 def test_lape_memory_adds_less_than_its_input():
     out = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=True).stdout
     assert float(out) < 1
+
+
+def test_lape_says_which_language_has_no_neuron():
+    counts = np.zeros((3, 2, 50), np.int64)
+    counts[0, :, :5], counts[1, :, 5:10], counts[2] = 90, 90, 1  # the third language fires a little everywhere, and owns nothing
+    stats = SimpleNamespace(langs=["en", "de", "tr"], n_tokens=dict(en=100, de=100, tr=100), count_pos=torch.from_numpy(counts), site="gate")
+    with pytest.warns(UserWarning, match="no neuron was found for tr"): found = lape(stats, top=.2, filter=.8, bar=.8)
+    assert len(found["en"]) and len(found["de"]) and not len(found["tr"])

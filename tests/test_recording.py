@@ -314,6 +314,20 @@ def test_recording_groups_and_counts_are_checked():
         ActivationStats.from_counts(torch.full((1, 2, 3), 11), [10], ["en"])
 
 
+def test_recording_interrupted_before_the_first_shard_promises_nothing(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    def stop(self, w, s, tick): raise KeyboardInterrupt
+    monkeypatch.setattr(Recorder, "run", stop)
+    with pytest.raises(KeyboardInterrupt, match="no shard of 2 windows was finished"):
+        record(load_model(hf, tokenizer=tok), TEXTS, out=tmp_path / "a", length=16, shard_size=2, progress=False)
+
+
+@pytest.mark.parametrize("size", ["batch_size", "shard_size"])
+def test_recording_sizes_are_at_least_one(size):
+    hf, tok = tiny_model("llama")
+    with pytest.raises(ValueError, match=f"{size}=0: give 1 or more windows"): record(load_model(hf, tokenizer=tok), TEXTS, progress=False, **{size: 0})
+
+
 def test_recording_interrupted_keeps_what_is_done(tmp_path, monkeypatch):
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)

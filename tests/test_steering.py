@@ -257,6 +257,15 @@ def test_lss_summary_interval_holds_its_value():
     assert s.low <= s.lss <= s.high
 
 
+def test_lss_summary_is_not_certain_of_facts_that_all_moved():
+    "Resampling ten facts that all moved finds no spread; the exact interval of 10 out of 10 does."
+    import pandas as pd
+    from scipy.stats import binomtest
+    rows = [("f", "own", "en", t, f"{i}", "r", 0., 0., 0., 1.) for t in ("de", "fr") for i in range(10)]
+    s = Steering(pd.DataFrame(rows, columns=["factor", "kind", "base", "target", "fact", "relation", "base_before", "target_before", "base_after", "target_after"]), pd.DataFrame(), pd.DataFrame(columns=["factor", "kind", "target", "ratio"])).summary().iloc[0]
+    assert (s.lss, s.high) == (1, 1) and s.low == pytest.approx(binomtest(10, 10).proportion_ci(.95).low) and .6 < s.low < .75
+
+
 def test_lss_cost_pick_save(study, tmp_path):
     p, model, probes, stats, own, held = study
     s = lss(model, own, probes, ["p_median", "=0", "x1"], stats=stats, text=held, text_tokens=100, controls=1, progress=False)
