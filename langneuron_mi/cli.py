@@ -227,18 +227,19 @@ def eval_(
     "Run lm-evaluation-harness tasks, with and without an intervention"
     if lang and not neurons: raise ValueError("--lang needs --neurons, the file it is found in")
     lang = _langs(lang)[0] if lang else ""
+    from langneuron_mi.tasks import chosen, evaluate
+    change = chosen(neurons, lang, edit, stats or None) if neurons and lang else None  # a wrong word is told before anything is loaded
     from langneuron_mi.task_data import load_tasks
     loaded = load_tasks([t.strip() for t in tasks.split(",") if t.strip()], data_dir or None, None if num_fewshot < 0 else num_fewshot)
     from langneuron_mi.models import load_model
     from langneuron_mi.neurons import LanguageNeurons
     from langneuron_mi.task_matrix import evaluate_matrix
-    from langneuron_mi.tasks import chosen, evaluate
     how, hooked = dict(limit=limit or None, batch_size=batch_size, cache=Path(out)/"answers"), load_model(model, revision=revision or None)
     if neurons and not lang:
         found = evaluate_matrix(hooked, loaded, LanguageNeurons.load(neurons), edit=edit, stats=_stats(stats) if stats else None, controls=controls, seed=seed, **how)
         return _write_matrix(found, Path(out))
     name = f"{lang}-{edit}" if neurons else "none"
-    found = evaluate(hooked, loaded, chosen(neurons, lang, edit, stats or None) if neurons else None, **how)
+    found = evaluate(hooked, loaded, change, **how)
     found.save(Path(out)/f"{name}.safetensors")
     from langneuron_mi.artifacts import atomic_write
     with atomic_write(Path(out)/f"{name}.csv") as tmp: found.to_df().to_csv(tmp, index=False)

@@ -84,6 +84,8 @@ def test_cli_the_whole_way(tmp_path, capsys):
     assert f"{len(df)} rows" in capsys.readouterr().out
     assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]) == 2
     assert "the same --held_out and --seed as in record" in capsys.readouterr().err
+    assert main(["eval", model, "xcopa_it", str(tmp_path / "eval"), "--neurons", str(tmp_path / "neurons.safetensors"), "--lang", "fr", "--edit", "zap"]) == 2
+    assert "'zap'" in capsys.readouterr().err  # before tasks and model are loaded
     assert main(["info", str(tmp_path / "neurons.safetensors")]) == 0
     assert '"kind"' in capsys.readouterr().out
     config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
