@@ -208,6 +208,7 @@ def share(
     for s in studies: lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
     return "\n".join(lines)
 
+# %% ../nbs/50_cli.ipynb #cf59670e
 def eval_(
     model: str, # bundled name, folder or hub id
     tasks: str, # lm-eval tasks, groups or tags, with commas
@@ -255,6 +256,7 @@ def _write_matrix(found, out: Path) -> str:
     save_figures({"matrix": found.plot()}, out)
     return "\n".join([*found.sentences(), f"results: {out/'matrix.csv'}"])
 
+# %% ../nbs/50_cli.ipynb #6a1070f2
 def tune(
     study: str, # TOML file with fields of TransferStudy, such as experiments/no_transfer.toml
     out: str = "", # folder of results, instead of the file's
@@ -274,6 +276,7 @@ def tune(
     for s in read_transfer(study, **{k: v for k, v in given.items() if v}): lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
     return "\n".join(lines)
 
+# %% ../nbs/50_cli.ipynb #653966b6
 def report(
     folder: str, # of an experiment that has run
 ):
