@@ -43,7 +43,7 @@ def child(*args: str) -> dict:
 
 
 def corpus():
-    from langneuron_mi.corpora import load_corpus
+    from langneuron_mi.text.corpora import load_corpus
     return load_corpus("bible", ["en", "de", "fr", "ru", "zh", "ja", "ar", "tr"])
 
 
@@ -69,7 +69,7 @@ def ready():
     "The model, its text, and the batches that every contender runs."
     import torch
     from langneuron_mi import load_model, view
-    from langneuron_mi.windows import pack
+    from langneuron_mi.text.windows import pack
     model = load_model("gemma-3-270m")
     v, text, tokens = view(model), corpus().select(["en"]), WINDOWS*(LENGTH - 1)
     w = pack(text, v.tokenizer, tokens=tokens, length=LENGTH, seed=0, bos_token_id=v.bos_token_id)
@@ -98,7 +98,7 @@ def speed() -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from langneuron_mi import record
-    from langneuron_mi.models import bundled_folder
+    from langneuron_mi.models.view import bundled_folder
     model, v, text, tokens, batches = ready()
     hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
     def hf_body():
@@ -123,8 +123,8 @@ def group_speed() -> dict:
 
 def record_peak(tokens: int) -> dict:
     "Peak memory of a recording of so many tokens."
-    from langneuron_mi.models import load_model
-    from langneuron_mi.recording import record
+    from langneuron_mi.models.view import load_model
+    from langneuron_mi.recording.recorder import record
     record(load_model("gemma-3-270m"), corpus(), langs=["en", "de"], tokens=tokens // 2, out=tempfile.mkdtemp(), progress=False)
     return dict(mb=round(peak_mb(), 1))
 
@@ -132,8 +132,8 @@ def record_peak(tokens: int) -> dict:
 def lape_70b() -> dict:
     "LAPE on counts of a 70B model in 18 languages: seconds, and peak memory over the input's."
     import torch
-    from langneuron_mi.identification import lape
-    from langneuron_mi.activation_stats import ActivationStats
+    from langneuron_mi.find.identification import lape
+    from langneuron_mi.recording.stats import ActivationStats
     langs = "en de fr ru zh ja ar tr es it pt vi id th ko pl sw hi".split()
     n = 1_000_000
     base = peak_mb()
@@ -148,8 +148,8 @@ def lape_70b() -> dict:
 def lambda_70b() -> dict:
     "The lambda score, its weight found by bisection, on counts of a 70B model in 18 languages: seconds, and peak memory over the input's."
     import torch
-    from langneuron_mi.activation_stats import ActivationStats
-    from langneuron_mi.identification import lambda_score
+    from langneuron_mi.recording.stats import ActivationStats
+    from langneuron_mi.find.identification import lambda_score
     langs, n, base = [f"x-{k}" for k in range(18)], 1_000_000, peak_mb()
     p = torch.distributions.Beta(.5, 3.).sample((80, 28672))
     counts = (p*torch.rand(len(langs), 80, 28672)*n).long()
@@ -162,8 +162,8 @@ def lambda_70b() -> dict:
 def text_methods() -> dict:
     "Average precision and PLND of 18 layers x 2,048 neurons in 8 languages of 100 texts: seconds."
     import torch
-    from langneuron_mi.activation_stats import ActivationStats
-    from langneuron_mi.identification import average_precision, plnd
+    from langneuron_mi.recording.stats import ActivationStats
+    from langneuron_mi.find.identification import average_precision, plnd
     texts = {f"x-{k}": torch.randn(18, 100, 2048) for k in range(8)}
     stats = ActivationStats.from_text_means(texts)
     object.__setattr__(stats, "impact", {k: x.abs() for k, x in texts.items()})

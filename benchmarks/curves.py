@@ -13,7 +13,7 @@ def exponent(x: list, y: list) -> float:
 
 def _tiny(**config):
     from langneuron_mi import load_model
-    from langneuron_mi.testing import tiny_model
+    from langneuron_mi.testing.planted import tiny_model
     sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=512)
     hf, tok = tiny_model("llama", std=.05, **sizes | config)
     return load_model(hf, tokenizer=tok)
@@ -30,7 +30,7 @@ def _measure(model, langs: list[str], tokens: int, **kwargs) -> dict:
     import tempfile
     from bench import peak_mb
     from langneuron_mi import record
-    from langneuron_mi.corpora import load_corpus
+    from langneuron_mi.text.corpora import load_corpus
     corpus = load_corpus(_texts(langs, tokens))
     t = time.perf_counter()
     record(model, corpus, tokens=tokens, out=tempfile.mkdtemp(), progress=False, **kwargs)
@@ -84,9 +84,9 @@ def windows() -> dict:
     import torch
     from bench import corpus
     from langneuron_mi import load_model, record, view
-    from langneuron_mi.recording import Recorder
-    from langneuron_mi.speed import attend, window_bytes
-    from langneuron_mi.windows import pack
+    from langneuron_mi.recording.recorder import Recorder
+    from langneuron_mi.models.attention import attend, window_bytes
+    from langneuron_mi.text.windows import pack
     model = load_model("gemma-3-270m")
     v = view(model)
     rows, text = {}, corpus().select(["en"])
@@ -119,7 +119,7 @@ def compiled() -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from bench import best_of
-    from langneuron_mi.models import bundled_folder
+    from langneuron_mi.models.view import bundled_folder
     hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
     ids = torch.randint(5, 20_000, (8, 256), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

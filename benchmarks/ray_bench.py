@@ -27,15 +27,15 @@ LANGS, ARGS = ["en", "de"], dict(length=256, batch_size=4, shard_size=4, progres
 
 
 def corpus():
-    from langneuron_mi.corpora import load_corpus
+    from langneuron_mi.text.corpora import load_corpus
     return load_corpus("bible", LANGS)
 
 
 def child() -> None:
     "A plain process: loads the model, then records the languages that each line of its input names."
     import torch
-    from langneuron_mi.models import load_model, view
-    from langneuron_mi.recording import record
+    from langneuron_mi.models.view import load_model, view
+    from langneuron_mi.recording.recorder import record
     torch.set_num_threads(1)
     model, text = load_model("gemma-3-270m"), corpus()
     view(model).fingerprint
@@ -79,7 +79,7 @@ def blob(v, common, size: int):
 def merge_rate(engine, size: int = 14_680_064, n: int = 12) -> float:
     "Bytes/s at which the merging process takes results in: fetched from Ray's memory, copied, added up."
     import torch
-    from langneuron_mi.cluster import Recipe
+    from langneuron_mi.scale.workers import Recipe
     pool, total, took = engine.pool(Recipe("gemma-3-270m"), None), None, []
     t = time.perf_counter()
     for part in pool.map(blob, [size] * n):
@@ -114,8 +114,8 @@ def simulate(workers: int, shards: int, shard_s: float, spread: float, merge_s: 
 
 def measure(tokens: int, rounds: int) -> dict:
     "Tokens/s of one process, two processes, two Ray workers; the best of the rounds."
-    from langneuron_mi.cluster import RayEngine
-    from langneuron_mi.recording import record
+    from langneuron_mi.scale.workers import RayEngine
+    from langneuron_mi.recording.recorder import record
     import torch
     torch.set_num_threads(1)
     text, half, best = corpus(), tokens // 2, {}
@@ -140,8 +140,8 @@ def measure(tokens: int, rounds: int) -> dict:
 
 def main(tokens: int, rounds: int) -> None:
     from transformers import LlamaConfig
-    from langneuron_mi.artifacts import provenance, save_json
-    from langneuron_mi.scaling import plan, size_of
+    from langneuron_mi.core.artifacts import provenance, save_json
+    from langneuron_mi.scale.ray import plan, size_of
     got = measure(tokens, rounds)
     got |= dict(ray_to_two_processes=round(got["two_ray_workers_tok_s"] / got["two_processes_tok_s"], 3), ray_to_one_process=round(got["two_ray_workers_tok_s"] / got["one_process_tok_s"], 3))
     llama = size_of(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256))

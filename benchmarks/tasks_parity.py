@@ -74,11 +74,11 @@ def main():
     p.add_argument("--out", default="tasks_parity.json")
     a = p.parse_args()
     from lm_eval.models.huggingface import HFLM
-    from langneuron_mi.interventions import Intervention, ablate, amplify
-    from langneuron_mi.models import bundled_folder, load_model, view
-    from langneuron_mi.neurons import NeuronSet
-    from langneuron_mi.task_data import load_tasks
-    from langneuron_mi.tasks import evaluate
+    from langneuron_mi.change.interventions import Intervention, ablate, amplify
+    from langneuron_mi.models.view import bundled_folder, load_model, view
+    from langneuron_mi.find.neurons import NeuronSet
+    from langneuron_mi.measure.task_data import load_tasks
+    from langneuron_mi.measure.tasks import evaluate
     folder = str(bundled_folder("gemma-3-270m"))
     model = load_model("gemma-3-270m", attention=a.attention)
     hf = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=a.batch_size)

@@ -33,12 +33,12 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def planted():
     "The planted model in English, German and French. Do not change it; `planted_model()` makes another."
-    from langneuron_mi.testing import planted_model
+    from langneuron_mi.testing.planted import planted_model
     return planted_model()
 
 
 @pytest.fixture(scope="session")
 def tiny():
     "`tiny(arch, **config)` makes a fresh random model and its tokenizer."
-    from langneuron_mi.testing import tiny_model
+    from langneuron_mi.testing.planted import tiny_model
     return tiny_model

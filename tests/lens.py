@@ -1,8 +1,8 @@
 "Tiny models through every TransformerLens class that the installed version has."
 import torch
 
-from langneuron_mi.models import load_model
-from langneuron_mi.testing import tiny_model
+from langneuron_mi.models.view import load_model
+from langneuron_mi.testing.planted import tiny_model
 
 
 def has_hooked_transformer() -> bool:

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from langneuron_mi.cli import commands, main
-from langneuron_mi.neurons import LanguageNeurons
-from langneuron_mi.testing import planted_model
+from langneuron_mi.find.neurons import LanguageNeurons
+from langneuron_mi.testing.planted import planted_model
 
 
 def run(*args):
