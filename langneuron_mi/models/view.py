@@ -146,6 +146,7 @@ class ModelView:
         self.n_layers, self.d_mlp, self.d_model = self.cfg.n_layers, self.cfg.d_mlp, self.cfg.d_model
         self.tokenizer = model.tokenizer
         self._checked = self._fingerprint = self._has_head = None
+        self._settled = 0 # blocks that are open: see `settled`
         self.attention = "eager" # or what `attend` chose: see the page on speed
         self._acts = {} # layer -> the module that computes its activation: see `check`
         self.active = [] # names of the interventions that are on
@@ -597,6 +598,7 @@ def _config_facts(v: ModelView) -> list:
 @patch(as_prop=True)
 def fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the weights; the same for fp32 and bf16."
+    if self._settled: return self._fingerprint[1]
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
         root, facts = self.hf or self.model, []
@@ -607,6 +609,15 @@ def fingerprint(self: ModelView) -> str: # 16 hex digits
         facts.sort()
         self._fingerprint = key, hashlib.sha256(json.dumps([self.n_layers, self.d_mlp, _config_facts(self), facts]).encode()).hexdigest()[:16]
     return self._fingerprint[1]
+
+@patch
+@contextmanager
+def settled(self: ModelView):
+    "A block in which no weight changes: its identity is computed once, not before every edit."
+    self.fingerprint
+    self._settled += 1
+    try: yield self
+    finally: self._settled -= 1
 
 @patch(as_prop=True)
 def tokenizer_fingerprint(self: ModelView) -> str: # 16 hex digits
