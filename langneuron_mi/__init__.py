@@ -30,7 +30,7 @@ _names = {
     "studies.sharing_study": ["SharingStudy"],
     "show.cards": ["browse", "neuron_card", "neuron_cards", "neuron_table"],
     "studies.amplification": ["AmplificationStudy"],
-    "studies.transfer": ["TransferStudy"],
+    "studies.transfer_bench": ["TransferStudy"],
     "studies.report": ["write_report"],
     "testing.planted": ["planted_model"],
 }

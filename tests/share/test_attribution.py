@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lens import has_hooked_transformer, hooked_transformer, lens_models
 
-from langneuron_mi.share.attribution import (CATEGORIES, category_contribution, category_share, contribution, effective_score, gradient_x_activation,
-                                       integrated_gradients, w_out, w_u)
+from langneuron_mi.share.sharing import CATEGORIES
+from langneuron_mi.share.attribution import (category_contribution, category_share, contribution, effective_score, gradient_x_activation,
+    integrated_gradients, w_out, w_u)
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import NeuronSet

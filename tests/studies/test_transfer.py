@@ -115,7 +115,7 @@ def test_transfer_second_run_trains_nothing(base, trained):
     ("controls", 3, set(), set())])
 def test_transfer_one_field_recomputes_its_dependents_only(base, trained, monkeypatch, tmp_path, field, value, retrained, remeasured):
     import shutil
-    import langneuron_mi.tuning.training.training as tuning
+    import langneuron_mi.tuning.training as tuning
     study = base[0]
     shutil.copytree(study.out, tmp_path/"out")
     opened, steps, real, run = [], [], Bench.opened, tuning._run

@@ -99,7 +99,7 @@ def test_windows_fingerprint_depends_on_everything():
 
 
 def test_windows_same_in_every_process():
-    code = ("import warnings; warnings.simplefilter('ignore'); import sys; sys.path.insert(0, 'tests'); import test_windows as t; from langneuron_mi.text.corpora import load_corpus;"
+    code = ("import warnings; warnings.simplefilter('ignore'); import sys; sys.path[:0] = ['tests', 'tests/text']; import test_windows as t; from langneuron_mi.text.corpora import load_corpus;"
             "w = t.pack(load_corpus({'de': t.WORDS}), t.TOK, tokens=30, length=7); print(w.fingerprint, w.streams['de'].tolist(), w.seen('de').tolist())")
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     runs = {subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout for s in "12"}
