@@ -270,7 +270,7 @@ def tune(
     langs = _langs(tune_langs)
     try: numbers = tuple(int(n) for n in seeds.split(",") if n.strip())
     except ValueError: raise ValueError(f"--seeds takes whole numbers with commas, got {seeds!r}") from None
-    from langneuron_mi.studies.transfer import read_transfer
+    from langneuron_mi.studies.transfer_bench import read_transfer
     given = dict(out=out, model=model, task=task, tune_langs=tuple(langs), conditions=tuple(c.strip() for c in conditions.split(",") if c.strip()), seeds=numbers)
     lines = []
     for s in read_transfer(study, **{k: v for k, v in given.items() if v}): lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
