@@ -6,13 +6,13 @@
 __all__ = ['Work', 'Keep', 'kept', 'fold', 'Checkpoint', 'check_config', 'Run', 'Session', 'Engine', 'InProcess', 'engine_of',
            'open_session']
 
-# %% ../../nbs/core/04_engine.ipynb #a8219c50
+# %% ../../nbs/core/04_engine.ipynb #16e6ab17
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from .artifacts import ArtifactError, fingerprint, load_artifact, read_header, s
 from .settings import engines
 from .storage import mirrored
 
-# %% ../../nbs/core/04_engine.ipynb #5a523208
+# %% ../../nbs/core/04_engine.ipynb #3b78836d
 def _nothing(part): return None
 def _one(part) -> int: return 1
 
@@ -38,7 +38,7 @@ class Work:
     before: int = 0 # units that an earlier call has done
     keep: "Keep | None" = None # how results are kept, where a folder is given
 
-# %% ../../nbs/core/04_engine.ipynb #930f71bd
+# %% ../../nbs/core/04_engine.ipynb #7e6b9d51
 @dataclass(frozen=True)
 class Keep:
     "How the results of some work are kept between calls."
@@ -54,7 +54,7 @@ class Keep:
     def load(self, path: Path): return self.unpack(*load_artifact(path, self.kind))
     def save(self, path: Path, result) -> None: save_artifact(path, self.kind, *self.pack(result))
 
-# %% ../../nbs/core/04_engine.ipynb #78526392
+# %% ../../nbs/core/04_engine.ipynb #925d85d7
 def kept(folder: str | Path | None, # None = nothing is kept
          keep: Keep, # how
          model: Mapping, # description of the model
@@ -69,7 +69,7 @@ def kept(folder: str | Path | None, # None = nothing is kept
     keep.save(path, result)
     return result
 
-# %% ../../nbs/core/04_engine.ipynb #42f93eb7
+# %% ../../nbs/core/04_engine.ipynb #a86e9b5c
 def fold(results: Iterator, # of the parts, in order
          n: int, # how many to take
          state, # what they are added to
@@ -90,7 +90,7 @@ def fold(results: Iterator, # of the parts, in order
             written, last = done, time.monotonic()
     return state
 
-# %% ../../nbs/core/04_engine.ipynb #8dfd500c
+# %% ../../nbs/core/04_engine.ipynb #babe7f76
 @dataclass(frozen=True)
 class Checkpoint:
     "A file of running sums, and the configuration that it belongs to."
@@ -120,7 +120,7 @@ def check_config(found: Mapping, config: Mapping, path: Path) -> None:
     diff = [f"{k}: {found.get(k)!r} there, {config.get(k)!r} now" for k in sorted(config.keys() | found.keys()) if found.get(k) != config.get(k)]
     raise ArtifactError(f"{path} belongs to another recording ({'; '.join(diff)[:600]}); choose another out=, or remove that folder")
 
-# %% ../../nbs/core/04_engine.ipynb #cfa8ec2d
+# %% ../../nbs/core/04_engine.ipynb #c3257efa
 @dataclass(frozen=True)
 class Run:
     "Where a call keeps what it has done, whether it shows a bar, and what does the work."
@@ -128,7 +128,7 @@ class Run:
     progress: bool = True # a bar on stderr
     engine: object = "process" # "process", "ray" for a cluster on this machine, or an engine such as RayEngine(workers=8)
 
-# %% ../../nbs/core/04_engine.ipynb #7e36d5c6
+# %% ../../nbs/core/04_engine.ipynb #2248996b
 @dataclass
 class Session:
     "An open engine, for one call: this one does every part in this process."
@@ -153,7 +153,7 @@ def _paths(session: Session, work: Work) -> list[Path | None]:
     model = session.view.describe()
     return [work.keep.path(session.folder, model, part) for part in work.parts]
 
-# %% ../../nbs/core/04_engine.ipynb #14de9436
+# %% ../../nbs/core/04_engine.ipynb #94ce25da
 def _map(session: Session, work: Work) -> Iterator:
     "Kept results and new ones, in order, under one bar."
     from tqdm.auto import tqdm
@@ -176,7 +176,8 @@ def _map(session: Session, work: Work) -> Iterator:
             if session.done < ends: tick(ends - session.done)  # of a function that does not tell, and of what was kept
             yield result
 
-# %% ../../nbs/core/04_engine.ipynb #9beb0d1b
+# %% ../../nbs/core/04_engine.ipynb #6f99b4fd
+@runtime_checkable
 class Engine(Protocol):
     "What does the work of a call."
     def session(self, model, # as the caller was given it
@@ -197,7 +198,7 @@ engines["process"] = InProcess
 def engine_of(engine: object) -> Engine:
     "The engine that a word or an object means."
     if isinstance(engine, str) and engine in engines: return engines[engine]()
-    if not isinstance(engine, str) and hasattr(engine, "session"): return engine
+    if isinstance(engine, Engine): return engine
     raise ValueError(f"no engine {engine!r}; allowed are {', '.join(map(repr, sorted(engines)))}, and an engine such as RayEngine(workers=8)")
 
 def open_session(model, look: Callable, run: Run) -> AbstractContextManager[Session]:
