@@ -114,7 +114,7 @@ def simulate(workers: int, shards: int, shard_s: float, spread: float, merge_s: 
 
 def measure(tokens: int, rounds: int) -> dict:
     "Tokens/s of one process, two processes, two Ray workers; the best of the rounds."
-    from langneuron_mi.scale.workers import RayEngine
+    from langneuron_mi.scale.ray import RayEngine
     from langneuron_mi.recording.record import record
     import torch
     torch.set_num_threads(1)
@@ -141,7 +141,7 @@ def measure(tokens: int, rounds: int) -> dict:
 def main(tokens: int, rounds: int) -> None:
     from transformers import LlamaConfig
     from langneuron_mi.core.artifacts import provenance, save_json
-    from langneuron_mi.scale.ray import plan, size_of
+    from langneuron_mi.scale.plan import plan, size_of
     got = measure(tokens, rounds)
     got |= dict(ray_to_two_processes=round(got["two_ray_workers_tok_s"] / got["two_processes_tok_s"], 3), ray_to_one_process=round(got["two_ray_workers_tok_s"] / got["one_process_tok_s"], 3))
     llama = size_of(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256))

@@ -3,6 +3,8 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
+from .core.settings import engines  # what a word for an engine means: the door alone knows all of them
+
 _names = {
     "text.languages": ["language", "languages"],
     "text.corpora": ["Corpus", "load_corpus"],
@@ -20,7 +22,8 @@ _names = {
     "measure.steering": ["Steering", "lss"],
     "measure.tasks": ["TaskResults", "evaluate"],
     "measure.task_matrix": ["TaskMatrix", "evaluate_matrix"],
-    "scale.workers": ["RayEngine", "Recipe"],
+    "scale.ray": ["RayEngine"],
+    "scale.workers": ["Recipe"],
     "share.sharing": ["Sharing", "category_effect", "sharing"],
     "share.attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "tuning.neuron_lora": ["TuneConfig"],
@@ -44,3 +47,5 @@ def __getattr__(name: str):
     return getattr(import_module(f"{__name__}.{_where[name]}"), name)
 
 def __dir__(): return __all__
+
+engines["ray"] = lambda: __getattr__("RayEngine")()

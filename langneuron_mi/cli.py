@@ -95,7 +95,8 @@ def record(
 def _where(engine: str, workers: int, address: str, gpus: float, model: str, revision: str) -> dict:
     "A cluster, and a model that only its workers load."
     if engine != "ray": raise ValueError(f"no engine {engine!r}; allowed are process and ray")
-    from langneuron_mi.scale.workers import RayEngine, Recipe
+    from langneuron_mi.scale.ray import RayEngine
+    from langneuron_mi.scale.workers import Recipe
     return dict(model=Recipe(model, options=dict(revision=revision) if revision else {}), engine=RayEngine(workers or None, address or None, gpus=None if gpus < 0 else gpus))
 
 # %% ../nbs/90_cli.ipynb #dee527ab

@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'TOKENS', 'AMONG', 'of_count', 'categories', 'check_prompts', 'check_texts', 'Reader',
-           'input_categories', 'category_sets', 'Sharing', 'sharing', 'answer_tokens', 'left_pad', 'CategoryEffect',
-           'category_effect']
+           'input_categories', 'category_sets', 'Sharing', 'sharing', 'prompt_categories', 'answer_tokens', 'left_pad',
+           'CategoryEffect', 'category_effect']
 
 # %% ../../nbs/share/01_sharing.ipynb #579456f9
-import importlib
-import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 import torch
@@ -22,6 +18,8 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float64, Int, Int8, Int32, Int64
 from torch import Tensor
 
+from ..core.engine import Run, Work, open_session
+from ..core.settings import takes
 from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
 from ..change.interventions import ablate, amplify
 from ..text.languages import join_continuation, language
@@ -177,6 +175,7 @@ def _tasks(task: str | Sequence[str], n: int) -> tuple[str, ...]:
     if len(tasks) != n: raise ValueError(f"{len(tasks)} task labels for {n} inputs; give one label for all, or one for each")
     return tasks
 
+@takes(run=Run)
 def sharing(model, # a hooked model, from load_model
             prompts: Mapping[str, Sequence[str]], # the same items in every language
             *, theta: float | Sequence[float] = 0., # active means above this; several give the sensitivity curve
@@ -184,32 +183,31 @@ def sharing(model, # a hooked model, from load_model
             site: str = "gate", # "gate" or "post"
             task: str | Sequence[str] = "", # a label for all items or for each
             batch_size: int = 8, # items per step
-            progress: bool = True,
-            engine="process", # "ray", or a `RayEngine`: the batches are read on a cluster
-            workers: int | None = None, # on the cluster; None = as many as it has room for
-            address: str | None = None, # of the cluster; None = this machine
+            run: Run, # what does the work, and whether a bar is shown
            ) -> Sharing:
     "Which neurons do all languages share, which only some, which one, on each parallel input (arXiv 2406.09265)."
-    if engine != "process" and not hasattr(engine, "batches"): return importlib.import_module("langneuron_mi.scale.ray").on_ray(sharing, locals())
-    from tqdm.auto import tqdm
-    v = view(model) if engine == "process" else engine.view(model)
-    v.untouched("sharing")
-    prompts = check_prompts(v, prompts)
-    n, langs = len(next(iter(prompts.values()))), tuple(prompts)
-    reader = Reader(v, tuple(map(float, theta if isinstance(theta, Sequence) else [theta])), token, site)
-    tasks, counts, specific, per_input = _tasks(task, n), 0, 0, []
-    with tqdm(total=n*len(langs), unit="prompt", desc="sharing", disable=not progress) as bar:
+    with open_session(model, view, run) as session:
+        v = session.view
+        v.untouched("sharing")
+        prompts = check_prompts(v, prompts)
+        n, langs = len(next(iter(prompts.values()))), tuple(prompts)
+        thetas = tuple(map(float, theta if isinstance(theta, Sequence) else [theta]))
+        Reader(v, thetas, token, site)  # a wrong word is told before any work
+        tasks, counts, specific, per_input = _tasks(task, n), 0, 0, []
         todo = [{lang: p[i:i + batch_size] for lang, p in prompts.items()} for i in range(0, n, batch_size)]
-        for count, own, held in (_batches if engine == "process" else engine.batches)(reader, todo, bar.update):
+        work = Work(prompt_categories, todo, common=lambda part: (thetas, token, site), size=lambda part: sum(map(len, part.values())), name="sharing", unit="prompt")
+        for count, own, held in session.map(work):
             counts, specific = counts + count, specific + own
             per_input.append(held)
-    facts = provenance(**v.describe()) | dict(prompts=fingerprint(prompts), batch_size=batch_size)
-    return Sharing(langs, reader.thetas, token, site, counts.cpu(), specific.cpu(), torch.cat(per_input, 1).cpu(), tasks, facts)
+        facts = provenance(**v.describe()) | dict(prompts=fingerprint(prompts), batch_size=batch_size)
+    return Sharing(langs, thetas, token, site, counts, specific, torch.cat(per_input, 1), tasks, facts)
 
 # %% ../../nbs/share/01_sharing.ipynb #31c12a02
-def _batches(reader: Reader, todo: list[dict[str, list[str]]], tick: Callable) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    "What `_batch` gives for each batch; an engine for many machines has a method of the same form."
-    for prompts in todo: yield _batch(reader, prompts, tick)
+def prompt_categories(v: ModelView, options: tuple, # thresholds, token rule, site
+                      prompts: dict[str, list[str]], # a batch of items in every language
+                      tick: Callable) -> tuple[Tensor, Tensor, Tensor]: # on the CPU
+    "Categories of a batch of items: a pure function of the model and the prompts, so any engine can do it."
+    return tuple(x.cpu() for x in _batch(Reader(v, *options), prompts, tick))
 
 def _batch(reader: Reader, prompts: dict[str, list[str]], tick: Callable) -> tuple[Tensor, Tensor, Tensor]: # counts over inputs, by language at the first theta, per input
     "Categories of a batch of items, reduced to counts."
@@ -517,10 +515,3 @@ def load(cls: CategoryEffect, path: str | Path) -> CategoryEffect:
     "Read what `save` wrote."
     t, m = load_artifact(path, "category_effect")
     return cls(tuple(m["langs"]), tuple(m["categories"]), m["op"], **t, provenance=m["provenance"])
-
-# %% ../../nbs/share/01_sharing.ipynb #52187f45
-class _Room(ModuleType):
-    "A module that is called like its main function."
-    __call__, __signature__ = staticmethod(sharing), inspect.signature(sharing)
-
-sys.modules[__name__].__class__ = _Room

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ from lens import lens_models
 import langneuron_mi.scale.ray as scaling
 from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.engine import Session
+from langneuron_mi.core.storage import mirrored
 from langneuron_mi.cli import main
-from langneuron_mi.scale.workers import Pool, RayEngine, Recipe, ScalingError, _facts_of, _reachable, recipe_of
+from langneuron_mi.scale.workers import Pool, Recipe, ScalingError, _facts_of, _reachable, recipe_of
+from langneuron_mi.scale.ray import RayEngine
 from langneuron_mi.text.corpora import load_corpus
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
@@ -89,13 +93,14 @@ def alone(model, tmp_path_factory):
 def files(folder) -> dict[str, bytes]: return {f.name: f.read_bytes() for f in Path(folder).iterdir() if f.suffix == ".safetensors"}
 
 
-def test_ray_same_bits_with_1_2_and_3_workers_on_two_nodes(cluster, engine, model, alone, tmp_path):
+def test_ray_same_bits_with_1_2_and_3_workers_on_two_nodes(cluster, engine, model, alone, tmp_path, monkeypatch):
     import ray
     assert sum(n["Alive"] for n in ray.nodes()) == 2
     pool = engine.pool(recipe_of(model), _facts_of(view(model)))
     while pool.starting: pool._welcome(ray.wait(list(pool.starting))[0][0])  # all three are there
     for n in (3, 2, 1):
-        record(model, TEXTS, engine=engine, workers=n, out=tmp_path / str(n), **ARGS)
+        monkeypatch.setattr(pool, "size", n)  # so many of its workers
+        record(model, TEXTS, engine=engine, out=tmp_path / str(n), **ARGS)
         assert files(tmp_path / str(n)) == alone
     assert engine._pool is pool and len(set(ray.get([a.do.remote(pid_of, None, None) for a in pool.ready]))) == 3
 
@@ -103,16 +108,16 @@ def test_ray_same_bits_with_1_2_and_3_workers_on_two_nodes(cluster, engine, mode
 def test_ray_worker_killed_in_the_middle(engine, model, alone, tmp_path, monkeypatch, caplog):
     "SIGKILL to a worker that has shards in hand: the run finishes, same bits, and says what happened."
     import ray
-    real, killed = scaling.Session.parts, []
-    def parts(self, *args):
+    real, killed = scaling.RaySession.results, []
+    def results(self, *args):
         for k, part in enumerate(real(self, *args)):
             if k == 2:
-                pool = self.engine._pool
+                pool = self.pool()
                 pid = ray.get(pool.ready[0].do.remote(pid_of, None, None))
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
             yield part
-    monkeypatch.setattr(scaling.Session, "parts", parts)
+    monkeypatch.setattr(scaling.RaySession, "results", results)
     with caplog.at_level(logging.WARNING, "langneuron_mi.scale.workers"): record(model, TEXTS, engine=engine, out=tmp_path, **ARGS)
     assert killed and files(tmp_path) == alone
     assert "a worker died" in caplog.text
@@ -156,14 +161,14 @@ import torch; torch.set_num_threads(1)
 import langneuron_mi.scale.ray as scaling
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model
-real = scaling.Session.parts
-def parts(self, *args):
+real = scaling.RaySession.results
+def results(self, *args):
     for k, part in enumerate(real(self, *args)):
         if k == 5: time.sleep(600)  # killed here, with checkpoints written and shards in hand
         yield part
-scaling.Session.parts = parts
+scaling.RaySession.results = results
 record(sys.argv[1], planted_model().texts(80, seed=0), length=24, shard_size=2, batch_size=2, groups="all", texts=20, progress=False,
-       out=sys.argv[2], checkpoint_every=0., engine="ray", workers=1, address=sys.argv[3])
+       out=sys.argv[2], checkpoint_every=0., engine=scaling.RayEngine(workers=1, address=sys.argv[3]))
 """
 
 
@@ -178,7 +183,7 @@ def test_ray_driver_killed_and_resumed(cluster, engine, saved, model, alone, tmp
     p.communicate()
     asked, real = [], Pool.map
     def units(self, task, units, *args):
-        asked.extend(s.number for s in units)
+        asked.extend(s.number for _, s in units)
         return real(self, task, units, *args)
     monkeypatch.setattr(Pool, "map", units)
     record(model, TEXTS, engine=engine, out=tmp_path, **ARGS)
@@ -187,13 +192,13 @@ def test_ray_driver_killed_and_resumed(cluster, engine, saved, model, alone, tmp
 
 
 def test_ray_interrupted_keeps_what_is_merged(engine, model, alone, tmp_path, monkeypatch):
-    real = scaling.Session.parts
+    real = scaling.RaySession.results
     def stop(self, *args):
         for k, part in enumerate(real(self, *args)):
             if k == 3: raise KeyboardInterrupt
             yield part
     with monkeypatch.context() as m:
-        m.setattr(scaling.Session, "parts", stop)
+        m.setattr(scaling.RaySession, "results", stop)
         with pytest.raises(KeyboardInterrupt, match="same call again"): record(model, TEXTS, engine=engine, out=tmp_path, **ARGS)
     assert list(tmp_path.glob("part-*"))
     record(model, TEXTS, out=tmp_path, **ARGS)  # goes on without a cluster
@@ -207,7 +212,7 @@ def test_ray_perplexity_matrix_same_bits(engine, model, tmp_path):
     there = perplexity_matrix(model, p.texts(30, seed=5), sets, engine=engine, out=tmp_path, **args)
     here = perplexity_matrix(model, p.texts(30, seed=5), sets, **args)
     assert there.nll.keys() == here.nll.keys() and all(np.array_equal(there.nll[k], x) for k, x in here.nll.items())
-    assert len(list(tmp_path.glob("row-*"))) == 4
+    assert len(list(tmp_path.glob("perplexity_cell-*"))) == 12
     again = perplexity_matrix(model, p.texts(30, seed=5), sets, out=tmp_path, **args)  # rows measured there are found here
     assert all(np.array_equal(again.nll[k], x) for k, x in here.nll.items())
 
@@ -245,7 +250,7 @@ def test_ray_lss_same_numbers(engine, model, saved, tmp_path, monkeypatch):
 def test_ray_folders_of_a_url(tmp_path):
     "What lies in a folder of the folder travels too."
     import fsspec
-    with scaling.mirrored("memory://runs/deep") as (folder, saved):
+    with mirrored("memory://runs/deep") as (folder, saved):
         (folder / "perplexity").mkdir()
         (folder / "perplexity/row").write_text("1")
         (folder / "scores").write_text("2")
@@ -253,7 +258,7 @@ def test_ray_folders_of_a_url(tmp_path):
         (folder / "scores").unlink()
     fs = fsspec.filesystem("memory")
     assert [n for n in fs.find("/runs/deep")] == ["/runs/deep/perplexity/row"]
-    with scaling.mirrored("memory://runs/deep") as (folder, saved): assert (folder / "perplexity/row").read_text() == "1" and not (folder / "scores").exists()
+    with mirrored("memory://runs/deep") as (folder, saved): assert (folder / "perplexity/row").read_text() == "1" and not (folder / "scores").exists()
 
 
 def test_ray_command_line_and_url(cluster, saved, tmp_path, capsys, monkeypatch):
@@ -276,38 +281,36 @@ def test_ray_checkpoints_at_a_url(model, alone, tmp_path):
     fs = fsspec.filesystem("memory")
     names = lambda: {n.rsplit("/", 1)[-1] for n in fs.ls("/runs/url", detail=False)}
     seen = []
-    with pytest.raises(RecordingError, match="stop"), scaling.mirrored("memory://runs/url") as (folder, saved):
-        class Stops:
-            parts = staticmethod(lambda recorder, *args: stopping(Recorder.parts(recorder, *args), seen))
-            view = staticmethod(view)
-        Stops.saved = staticmethod(lambda: (saved(), seen.append(names())))
-        record(model, TEXTS, out=folder, engine=Stops, checkpoint_every=0., **ARGS)
+    class Stops:
+        @contextmanager
+        def session(self, model, look, run):
+            with mirrored(run.out) as (folder, saved): yield Stopping(look(model), folder, False, lambda: (saved(), seen.append(names())))
+    with pytest.raises(RecordingError, match="stop"): record(model, TEXTS, out="memory://runs/url", engine=Stops(), checkpoint_every=0., **ARGS)
     assert any(f"part-{l}.safetensors" in seen[-1] for l in ("en", "de", "fr")) and not any(n.endswith(".tmp") for s in seen for n in s)
-    assert not Path(folder).exists()
-    with scaling.mirrored("memory://runs/url") as (folder, saved):
-        record(model, TEXTS, out=folder, **ARGS)
-        assert files(folder) == alone
+    record(model, TEXTS, out="memory://runs/url", **ARGS)
+    with mirrored("memory://runs/url") as (folder, _): assert files(folder) == alone
     assert not any(n.startswith("part-") for n in names()) and "stats.safetensors" in names()
     with pytest.raises(ArtifactError, match="fsspec"):
-        with scaling.mirrored("nosuch://a/b"): pass
-    with scaling.mirrored(tmp_path) as (folder, _): assert folder == tmp_path
+        with mirrored("nosuch://a/b"): pass
+    with mirrored(tmp_path) as (folder, _): assert folder == tmp_path
 
 
-def stopping(parts, seen):
-    for k, part in enumerate(parts):
-        if k == 4: raise RecordingError("stop")
-        yield part
+class Stopping(Session):
+    "This process, which fails at the fifth part."
+    def results(self, work, parts, tick):
+        for k, part in enumerate(super().results(work, parts, tick)):
+            if k == 4: raise RecordingError("stop")
+            yield part
 
 
 def test_ray_bad_requests_are_one_clear_error(cluster, model, monkeypatch):
     for bad, words in ((dict(workers=0), "give 1 or more"), (dict(cpus=0), "needs a CPU")):
         with pytest.raises(ScalingError, match=words): RayEngine(**bad)
     with pytest.raises(ScalingError, match="9 workers of 1 CPUs each do not fit: the cluster has 4 CPUs .*on 2 machines, room for 4"):
-        record(model, TEXTS, engine="ray", workers=9, **ARGS)
+        record(model, TEXTS, engine=RayEngine(workers=9), **ARGS)
     with pytest.raises(ScalingError, match="GPUs each do not fit"): record(model, TEXTS, engine=RayEngine(gpus=1), **ARGS)
-    with pytest.raises(ScalingError, match="connected to the Ray cluster"): record(model, TEXTS, engine="ray", address="127.0.0.1:1", **ARGS)
-    with pytest.raises(ScalingError, match="a RayEngine has its own"): record(model, TEXTS, engine=RayEngine(), address="auto", **ARGS)
-    with pytest.raises(ScalingError, match="no engine 'spark'"): record(model, TEXTS, engine="spark", **ARGS)
+    with pytest.raises(ScalingError, match="connected to the Ray cluster"): record(model, TEXTS, engine=RayEngine(address="127.0.0.1:1"), **ARGS)
+    with pytest.raises(ValueError, match="no engine 'spark'"): record(model, TEXTS, engine="spark", **ARGS)
     remote = scaling.RemoteView(dict(model=view(model).describe(), n_ctx=64, d_model=view(model).d_model), view(model).tokenizer)
     with pytest.raises(ScalingError, match='batch_size="auto"'): Recorder(remote, ("counts",)).measured_batch_size(pack(load_corpus(TEXTS), remote.tokenizer, length=24, bos_token_id=remote.bos_token_id), 2)
 
