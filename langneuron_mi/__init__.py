@@ -5,7 +5,8 @@ from importlib import import_module
 
 _names = {
     "text.languages": ["language", "languages"],
-    "text.corpora": ["Corpus", "load_corpus"],
+    "text.corpus": ["Corpus"],
+    "text.sources": ["load_corpus"],
     "models.view": ["load_model", "view"],
     "recording.stats": ["ActivationStats"],
     "models.attention": ["attend", "measure_speed"],

@@ -78,7 +78,7 @@ def record(
     if tokens < 0: raise ValueError(f"--tokens {tokens}: give 1 or more, or 0 for all there is")
     if min(batch_size, shard_size) < 1: raise ValueError(f"--batch_size {batch_size}, --shard_size {shard_size}: give 1 or more windows")
     if engine == "process" and (workers or address or gpus >= 0): raise ValueError("--workers, --address and --gpus are for a cluster; add --engine ray")
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     from langneuron_mi.models.view import load_model
     from langneuron_mi.recording.stats import check_site
     from langneuron_mi.recording.groups import choose
@@ -151,7 +151,7 @@ def perplexity(
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
     from langneuron_mi.core.artifacts import atomic_write
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     from langneuron_mi.models.view import load_model
     from langneuron_mi.measure.perplexity import perplexity_matrix
     _, text = load_corpus(corpus, langs).split(held_out, seed=seed)
@@ -270,7 +270,7 @@ def tune(
     langs = _langs(tune_langs)
     try: numbers = tuple(int(n) for n in seeds.split(",") if n.strip())
     except ValueError: raise ValueError(f"--seeds takes whole numbers with commas, got {seeds!r}") from None
-    from langneuron_mi.studies.transfer import read_transfer
+    from langneuron_mi.studies.transfer_bench import read_transfer
     given = dict(out=out, model=model, task=task, tune_langs=tuple(langs), conditions=tuple(c.strip() for c in conditions.split(",") if c.strip()), seeds=numbers)
     lines = []
     for s in read_transfer(study, **{k: v for k, v in given.items() if v}): lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]

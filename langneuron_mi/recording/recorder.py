@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .stats import ActivationStats, _sorted_out, check_site, load_texts, save_texts
 from ..core.artifacts import ArtifactError, fingerprint, load_artifact, read_header, save_artifact, save_json
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from .groups import Layer, Seen, choose, finish, groups, merge
 from ..text.languages import language
 from ..models.view import ModelView, view

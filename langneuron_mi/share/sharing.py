@@ -27,7 +27,7 @@ from ..change.interventions import ablate, amplify
 from ..text.languages import join_continuation, language
 from ..models.view import ModelView, view
 from ..find.neurons import NeuronSet
-from ..recording.recorder import check_site
+from ..recording.stats import check_site
 from ..core.statistics import paired_difference
 
 # %% ../../nbs/share/01_sharing.ipynb #fb7fab8b

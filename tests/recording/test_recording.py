@@ -20,7 +20,7 @@ from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.recording.recorder import Recorder, RecordingError, cache_activations, record, shards
 from langneuron_mi.testing.planted import planted_model, tiny_model
 from langneuron_mi.text.windows import pack
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit"] * 5}
