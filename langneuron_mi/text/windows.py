@@ -234,16 +234,16 @@ def _asked(tokens: int | Mapping[str, int] | None, langs: tuple[str, ...]) -> di
     return {l: n if n is None else int(n) for l, n in asked.items()}
 
 def _check_stream(lang: str, stream: _Stream, asked: int | None) -> None:
-    "There must be as many tokens as asked for, and known ones."
+    "There must be as many tokens as asked for, and known ones; a warning points at the call of `pack`, past the two frames of `takes`."
     if stream.n < (asked or 1):
         raise CorpusError(f"{lang!r} has {stream.n:,} tokens with this tokenizer, {asked or 1:,} are asked for; "
                           "lower tokens=, give more text or leave the language out")
     if stream.n_cut:
         warnings.warn(f"{lang}: {stream.n_cut:,} texts are longer than a window of {stream.longest} tokens, "
-                      f"and only their first {stream.longest} are read; raise length=", stacklevel=3)
+                      f"and only their first {stream.longest} are read; raise length=", stacklevel=5)
     if stream.n_unknown > .2*stream.n:
         warnings.warn(f"{lang}: {stream.n_unknown/stream.n:.0%} of the tokens are the tokenizer's unknown token; "
-                      "the model cannot read this language", stacklevel=3)
+                      "the model cannot read this language", stacklevel=5)
 
 # %% ../../nbs/text/06_windows.ipynb #840e2f6f
 LAYOUTS = ("packed", "texts")
