@@ -124,7 +124,7 @@ def group_speed() -> dict:
 def record_peak(tokens: int) -> dict:
     "Peak memory of a recording of so many tokens."
     from langneuron_mi.models.view import load_model
-    from langneuron_mi.recording.recorder import record
+    from langneuron_mi.recording.record import record
     record(load_model("gemma-3-270m"), corpus(), langs=["en", "de"], tokens=tokens // 2, out=tempfile.mkdtemp(), progress=False)
     return dict(mb=round(peak_mb(), 1))
 

@@ -35,7 +35,7 @@ def child() -> None:
     "A plain process: loads the model, then records the languages that each line of its input names."
     import torch
     from langneuron_mi.models.view import load_model, view
-    from langneuron_mi.recording.recorder import record
+    from langneuron_mi.recording.record import record
     torch.set_num_threads(1)
     model, text = load_model("gemma-3-270m"), corpus()
     view(model).fingerprint
@@ -115,7 +115,7 @@ def simulate(workers: int, shards: int, shard_s: float, spread: float, merge_s: 
 def measure(tokens: int, rounds: int) -> dict:
     "Tokens/s of one process, two processes, two Ray workers; the best of the rounds."
     from langneuron_mi.scale.workers import RayEngine
-    from langneuron_mi.recording.recorder import record
+    from langneuron_mi.recording.record import record
     import torch
     torch.set_num_threads(1)
     text, half, best = corpus(), tokens // 2, {}

@@ -82,7 +82,7 @@ def record(
     from langneuron_mi.models.view import load_model
     from langneuron_mi.recording.stats import check_site
     from langneuron_mi.recording.groups import choose
-    from langneuron_mi.recording.recorder import record
+    from langneuron_mi.recording.record import record
     from langneuron_mi.text.windows import check_layout
     check_site(site)
     check_layout(layout)

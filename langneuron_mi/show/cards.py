@@ -24,7 +24,7 @@ from ..change.interventions import ablate
 from ..models.view import ModelView, view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.probes import ParallelFacts
-from ..recording.recorder import cache_activations
+from ..recording.tokens import cache_activations
 from ..share.sharing import CATEGORIES, Sharing
 from ..core.statistics import bootstrap_mean
 from ..measure.steering import log_probs, tokenize

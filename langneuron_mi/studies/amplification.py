@@ -24,7 +24,7 @@ from ..text.languages import language
 from ..models.view import load_model, view
 from ..find.neurons import LanguageNeurons
 from ..measure.probes import load_probes
-from ..recording.recorder import record
+from ..recording.record import record
 from ..measure.steering import Steering, _factors, _intervention, factor, lss
 from ..show.page import check_fields, html_table, read_toml, study_page, write_study
 

@@ -30,7 +30,7 @@ from ..models.view import ModelView, load_model, view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import PerplexityMatrix, perplexity_matrix
 from ..measure.probes import ParallelFacts, Probes, load_probes
-from ..recording.recorder import record
+from ..recording.record import record
 from ..share.sharing import Sharing, sharing
 from ..core.statistics import bootstrap_mean
 from ..measure.steering import Steering, _Scorer, factor, lss, tokenize

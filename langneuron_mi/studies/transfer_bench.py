@@ -24,7 +24,7 @@ from ..text.languages import language
 from ..models.view import load_model, view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import perplexity_matrix, window_nll
-from ..recording.recorder import record
+from ..recording.record import record
 from ..share.sharing import CATEGORIES, sharing
 from ..show.page import check_fields, read_toml
 from ..tuning.test_time import TestTime, TokenValues, test_time

@@ -12,7 +12,7 @@ from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import PerplexityMatrix, perplexity_matrix, window_nll
-from langneuron_mi.recording.recorder import record
+from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model, tiny_model
 
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit", "und noch ein Satz"] * 5}

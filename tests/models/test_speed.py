@@ -5,7 +5,8 @@ from lens import lens_models
 
 from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.models.view import ModelError, load_model, view
-from langneuron_mi.recording.recorder import Recorder, _ahead, _Batch, record
+from langneuron_mi.recording.recorder import Recorder, _ahead, _Batch
+from langneuron_mi.recording.record import record
 from langneuron_mi.models.attention import attend, batch_sizes, fastest, free_bytes, measure_speed, window_bytes
 from langneuron_mi.testing.planted import tiny_model
 

@@ -10,7 +10,8 @@ from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.recording.groups import LEVELS, N_BINS, Layer, Seen, _edges, bins, groups, quantiles
 from langneuron_mi.models.view import load_model, view
-from langneuron_mi.recording.recorder import Recorder, RecordingError, record
+from langneuron_mi.recording.recorder import Recorder, RecordingError
+from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import tiny_model
 from langneuron_mi.text.windows import pack
 

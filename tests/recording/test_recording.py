@@ -17,7 +17,9 @@ from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.recording.recorder import Recorder, RecordingError, cache_activations, record, shards
+from langneuron_mi.recording.recorder import Recorder, RecordingError, shards
+from langneuron_mi.recording.tokens import cache_activations
+from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model, tiny_model
 from langneuron_mi.text.windows import pack
 from langneuron_mi.text.sources import load_corpus
@@ -232,7 +234,8 @@ import sys, time, torch, warnings; warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 from langneuron_mi.testing.planted import tiny_model
 from langneuron_mi.models.view import load_model
-from langneuron_mi.recording.recorder import Recorder, record
+from langneuron_mi.recording.recorder import Recorder
+from langneuron_mi.recording.record import record
 hf, tok = tiny_model("gemma3")
 run = Recorder.run
 Recorder.run = lambda self, w, s, tick: (time.sleep(.1), print("shard", flush=True), run(self, w, s, tick))[2]

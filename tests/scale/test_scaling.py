@@ -26,7 +26,8 @@ from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
 from langneuron_mi.measure.probes import Fact, Probes
-from langneuron_mi.recording.recorder import Recorder, RecordingError, record
+from langneuron_mi.recording.recorder import Recorder, RecordingError
+from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.models.attention import attend
 from langneuron_mi.measure.steering import lss
@@ -153,7 +154,7 @@ DRIVER = """
 import sys, time, warnings; warnings.filterwarnings("ignore")
 import torch; torch.set_num_threads(1)
 import langneuron_mi.scale.ray as scaling
-from langneuron_mi.recording.recorder import record
+from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model
 real = scaling.Session.parts
 def parts(self, *args):

@@ -19,7 +19,7 @@ from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import NeuronSet
-from langneuron_mi.recording.recorder import record
+from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import (CATEGORIES, CategoryEffect, Sharing, answer_tokens, categories, category_effect, category_sets, input_categories, sharing)
 from langneuron_mi.testing.planted import planted_model, tiny_model
 

@@ -12,7 +12,7 @@ from langneuron_mi.show.cards import browse, neuron_card, neuron_cards, neuron_t
 from langneuron_mi.find.identification import lape
 from langneuron_mi.models.view import load_model
 from langneuron_mi.measure.probes import Fact, Probes
-from langneuron_mi.recording.recorder import record
+from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.testing.planted import planted_model, tiny_model
 

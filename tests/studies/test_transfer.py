@@ -299,7 +299,7 @@ def test_test_time_values_against_a_plain_hook(arch, tiny):
     v, text = view(model), load_corpus(texts(("en", "vi")))
     s = NeuronSet([(0, 3), (1, 5), (1, 9)], v.shape)
     got = token_values(model, s, text, "vi", tokens=200, length=40)
-    from langneuron_mi.recording.recorder import record
+    from langneuron_mi.recording.record import record
     stats = record(model, text, tokens=200, langs=["vi"], length=40, progress=False)
     assert got.act.shape == (200, 3)
     assert torch.allclose(got.value("mean"), stats.value("vi", "mean").values[s.mask()].double(), atol=1e-5)
