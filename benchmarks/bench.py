@@ -43,7 +43,7 @@ def child(*args: str) -> dict:
 
 
 def corpus():
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     return load_corpus("bible", ["en", "de", "fr", "ru", "zh", "ja", "ar", "tr"])
 
 

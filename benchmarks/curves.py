@@ -30,7 +30,7 @@ def _measure(model, langs: list[str], tokens: int, **kwargs) -> dict:
     import tempfile
     from bench import peak_mb
     from langneuron_mi import record
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     corpus = load_corpus(_texts(langs, tokens))
     t = time.perf_counter()
     record(model, corpus, tokens=tokens, out=tempfile.mkdtemp(), progress=False, **kwargs)

@@ -27,7 +27,7 @@ LANGS, ARGS = ["en", "de"], dict(length=256, batch_size=4, shard_size=4, progres
 
 
 def corpus():
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     return load_corpus("bible", LANGS)
 
 

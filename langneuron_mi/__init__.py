@@ -7,7 +7,8 @@ from .core.settings import engines  # what a word for an engine means: the door 
 
 _names = {
     "text.languages": ["language", "languages"],
-    "text.corpora": ["Corpus", "load_corpus"],
+    "text.corpus": ["Corpus"],
+    "text.sources": ["load_corpus"],
     "models.view": ["load_model", "view"],
     "recording.stats": ["ActivationStats"],
     "models.attention": ["attend", "measure_speed"],

@@ -78,7 +78,7 @@ def record(
     if tokens < 0: raise ValueError(f"--tokens {tokens}: give 1 or more, or 0 for all there is")
     if min(batch_size, shard_size) < 1: raise ValueError(f"--batch_size {batch_size}, --shard_size {shard_size}: give 1 or more windows")
     if engine == "process" and (workers or address or gpus >= 0): raise ValueError("--workers, --address and --gpus are for a cluster; add --engine ray")
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     from langneuron_mi.models.view import load_model
     from langneuron_mi.recording.stats import check_site
     from langneuron_mi.recording.groups import choose
@@ -152,7 +152,7 @@ def perplexity(
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
     from langneuron_mi.core.artifacts import atomic_write
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     from langneuron_mi.models.view import load_model
     from langneuron_mi.measure.perplexity import perplexity_matrix
     _, text = load_corpus(corpus, langs).split(held_out, seed=seed)

@@ -18,7 +18,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.artifacts import fingerprint, load_json, provenance, save_json
-from ..text.corpora import _identifier
+from ..text.identifier import _identifier
 from .interventions import Intervention
 from ..text.languages import UnknownLanguage, language
 from ..models.view import view

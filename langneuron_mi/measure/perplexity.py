@@ -23,12 +23,14 @@ from ..core.artifacts import load_artifact, provenance, save_artifact
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..recording.recorder import one_language
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from ..change.interventions import Intervention, ablate, check_model
 from ..models.view import ModelView, read_tokens, view
 from ..find.neurons import LanguageNeurons
 from ..core.statistics import bootstrap_ratio
-from ..text.windows import TokenWindows, pack, shares_text
+from ..text.windows import TokenWindows, pack
+from ..text.sketches import shares_text
 
 # %% ../../nbs/measure/01_perplexity.ipynb #408e6ca7
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..text.corpora import text_hash
+from ..text.corpus import text_hash
 from ..text.languages import UnknownLanguage, language
 
 # %% ../../nbs/measure/02_probes.ipynb #8cae58b0

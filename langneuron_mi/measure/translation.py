@@ -22,13 +22,14 @@ import torch
 from fastcore.basics import patch
 
 from ..core.artifacts import atomic_write, fingerprint, load_artifact, load_json, provenance, save_artifact, save_json
-from ..text.corpora import Corpus, CorpusError, FileTexts, _codes, _hub_commit, load_corpus
+from ..text.corpus import Corpus, CorpusError, _codes
+from ..text.sources import FileTexts, _hub_commit, load_corpus
 from ..change.generation import _known, counts_as, identify
 from ..change.interventions import Intervention
 from ..text.languages import language
 from ..models.view import ModelView, view
 from ..core.statistics import Estimate, _bootstrap, bootstrap_share, mcnemar
-from ..text.windows import add_to_sketch
+from ..text.sketches import add_to_sketch
 
 # %% ../../nbs/measure/21_translation.ipynb #d8f41be8
 @dataclass(frozen=True, eq=False, repr=False)

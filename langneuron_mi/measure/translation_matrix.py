@@ -15,11 +15,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.artifacts import load_artifact, provenance, save_artifact
-from ..text.corpora import _codes
+from ..text.corpus import _codes
 from ..models.view import view
 from .steering import _set, factor
 from .translation import Pairs, Translations, _from_plain, translate
-from ..text.windows import shares_text
+from ..text.sketches import shares_text
 
 # %% ../../nbs/measure/22_translation_matrix.ipynb #63167515
 def _conditions(neurons: Mapping, tgts: Sequence[str], others, controls: int, seed: int) -> dict[str, list[tuple[str, str]]]:

@@ -121,7 +121,7 @@ def measure_speed(model, # a hooked model
     "Tokens per second of a recording, by window length and batch size."
     recording, windows_of = importlib.import_module("langneuron_mi.recording.recorder"), importlib.import_module("langneuron_mi.text.windows").pack
     v, rows = view(model), []
-    corpus = importlib.import_module("langneuron_mi.text.corpora").load_corpus(corpus) if isinstance(corpus, dict) else corpus
+    corpus = importlib.import_module("langneuron_mi.text.sources").load_corpus(corpus) if isinstance(corpus, dict) else corpus
     recorder = recording.Recorder(v, groups)
     for length in [l for l in lengths if l <= v.n_ctx]:
         windows = windows_of(corpus, v.tokenizer, langs=list(corpus.langs)[:1], length=length, bos_token_id=v.bos_token_id)

@@ -23,7 +23,8 @@ from ..models.view import ModelView, view
 from .groups import finish, groups, merge
 from .recorder import Recorder, RecordingError, Shard, one_language, shards
 from .stats import ActivationStats, _sorted_out, load_texts, save_texts
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from ..text.languages import language
 from ..text.windows import TokenWindows, pack
 

@@ -17,7 +17,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..recording.stats import ActivationStats
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from ..figures.look import FAINT, INK, Html, lang_name, token_heat
 from ..change.interventions import ablate
 from ..models.view import ModelView, view

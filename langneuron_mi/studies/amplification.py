@@ -17,7 +17,7 @@ from markupsafe import Markup
 from ..find import identification
 from ..recording.stats import ActivationStats
 from ..core.artifacts import fingerprint, provenance
-from ..text.corpora import load_corpus
+from ..text.sources import load_corpus
 from ..change.generation import Generations, generate_texts
 from ..change.interventions import POSITIONS
 from ..text.languages import language

@@ -20,7 +20,8 @@ from fastcore.basics import patch
 
 from ..recording.stats import ActivationStats
 from ..core.artifacts import fingerprint, load_json, provenance, save_json
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from ..recording.groups import choose
 from ..find.identification import lape, random_neurons
 from ..change.interventions import Intervention, ablate, amplify

@@ -18,7 +18,8 @@ from fastcore.basics import patch
 from ..tuning import data
 from ..find import identification
 from ..core.artifacts import fingerprint, load_artifact, save_artifact
-from ..text.corpora import Corpus, load_corpus
+from ..text.corpus import Corpus
+from ..text.sources import load_corpus
 from ..text.languages import language
 from ..models.view import load_model, view
 from ..find.neurons import LanguageNeurons, NeuronSet

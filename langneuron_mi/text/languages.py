@@ -103,13 +103,19 @@ def _near(key: str, n: int = 3) -> list[str]: # codes, nearest first
     return list(dict.fromkeys(base + starts or close))[:n]
 
 # %% ../../nbs/text/00_languages.ipynb #069ac2b4
+def _find(x: str) -> Language | None:
+    "The language that a text names in any spelling."
+    key = _key(x)
+    if key in _index(): return _table()[_index()[key]]
+    return None if re.search(r"\s", x.strip()) else _untag(key)  # "en de" is two languages, not one
+
 def language(x: str | Language, # code, FLORES code, English name, alias or BCP 47 tag, in any case; "x-..." is a private language
             ) -> Language:
     "The language that `x` names."
     if isinstance(x, Language): return x
     key = _key(x) if isinstance(x, str) else ""
     if re.fullmatch("x-[a-z0-9-]+", key): return Language(key, key, "", "Zyyy", True)
-    found = _table()[_index()[key]] if key in _index() else None if re.search(r"\s", str(x).strip()) else _untag(key)  # "en de" is two languages, not one
+    found = _find(x) if isinstance(x, str) else None
     if found: return found
     near = " or ".join(f"'{code}'" for code in _near(key))
     hint = f"; did you mean {near}?" if near else "; give an ISO 639-1 code, a FLORES-200 code or an English name."

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..core.artifacts import fingerprint
-from ..text.corpora import Corpus
+from ..text.corpus import Corpus
 from ..text.languages import language
 from ..models.view import ModelView, view
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
-from ..text.corpora import Corpus
+from ..text.corpus import Corpus
 from ..change.interventions import Intervention, set_to
 from ..models.view import view
 from ..find.neurons import NeuronSet

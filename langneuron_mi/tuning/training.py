@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from ..core import artifacts
-from ..text.corpora import load_corpus
+from ..text.sources import load_corpus
 from ..change.interventions import check_model
 from ..models.view import ModelView, load_model, view
 from .neuron_lora import (ParameterCount, TuneConfig, TuningError, Wiring, _peft, attach, count_parameters, freeze,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lens import lens_models
 
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.find.identification import lape, random_neurons
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view

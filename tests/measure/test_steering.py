@@ -4,7 +4,7 @@ import pytest
 import torch
 from lens import lens_models
 
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.generation import counts_as, generate_texts, identify, text_quality
 from langneuron_mi.change.interventions import Current, Intervention, ablate, add, amplify, set_to, steer
 from langneuron_mi.models.view import load_model, view

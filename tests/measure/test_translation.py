@@ -14,14 +14,15 @@ from lens import lens_models
 from sacrebleu.metrics import BLEU, CHRF
 
 import langneuron_mi.measure.translation as translation
-from langneuron_mi.text.corpora import CorpusError, load_corpus
+from langneuron_mi.text.corpus import CorpusError
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate, amplify
 from langneuron_mi.models.view import ModelError, load_model, view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.testing.planted import tiny_model
 from langneuron_mi.measure.translation import FLORES, Translations, bleu_tokenizer, build_prompts, is_copy, load_pairs, translate
 from langneuron_mi.measure.translation_matrix import TranslationTable, translation_table
-from langneuron_mi.text.windows import add_to_sketch
+from langneuron_mi.text.sketches import add_to_sketch
 
 EN = ["The house is old.", "I see a white dog in the garden of my father.", "She reads.", "We drink water.", "The sun is hot today, and the sea is calm.", "He has two brothers.",
       "The door is open.", "They sing a song.", "My father works here.", "The river is deep.", "You have a good heart.", "The night was cold."]

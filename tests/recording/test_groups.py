@@ -7,7 +7,7 @@ from lens import lens_models
 
 from langneuron_mi.recording.stats import ActivationStats, text_file
 from langneuron_mi.core.artifacts import ArtifactError
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.recording.groups import LEVELS, N_BINS, Layer, Seen, _edges, bins, groups, quantiles
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.recording.recorder import Recorder, RecordingError

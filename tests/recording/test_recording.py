@@ -22,7 +22,7 @@ from langneuron_mi.recording.tokens import cache_activations
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model, tiny_model
 from langneuron_mi.text.windows import pack
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit"] * 5}

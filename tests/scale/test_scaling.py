@@ -24,7 +24,7 @@ from langneuron_mi.core.storage import mirrored
 from langneuron_mi.cli import main
 from langneuron_mi.scale.workers import Pool, Recipe, ScalingError, _facts_of, _reachable, recipe_of
 from langneuron_mi.scale.ray import RayEngine
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from langneuron_mi.cli import main
-from langneuron_mi.text.corpora import load_corpus
+from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import set_to
 from langneuron_mi.text.languages import UnknownLanguage
 from langneuron_mi.models.view import load_model, view

@@ -1,5 +1,6 @@
-"Packing: every real token once, exactly as many as asked, for any texts, lengths and tokenizers; sketches against sets."
+"Packing: every real token once, exactly as many as asked, for any texts, lengths and tokenizers."
 import os, subprocess, sys, warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from langneuron_mi.text import windows as W
-from langneuron_mi.text.corpora import CorpusError, load_corpus, text_hash
-from langneuron_mi.text.windows import add_to_sketch, pack, shares_text, tokenizer_fingerprint
+from langneuron_mi.text.corpus import CorpusError, text_hash
+from langneuron_mi.text.sources import load_corpus
+from langneuron_mi.text.sketches import add_to_sketch, shares_text
+from langneuron_mi.text.windows import pack, tokenizer_fingerprint
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -39,7 +42,8 @@ def test_windows_hold_every_real_token_once(texts, length, bos, seed, data):
     w = pack(c, TOK, tokens=asked, length=length, seed=seed, bos_token_id=1 if bos else None)
     rows, n = unpack(w, "de"), asked or total
     assert w.n_tokens("de") == n and len(rows) == w.n_windows("de")
-    assert all(r.numel() == length for r in rows[:-1]) and 1 + bos <= rows[-1].numel() <= length and all(r.dtype == torch.int64 for r in rows)
+    assert all(r.numel() == length for r in rows[:-1]) and 1 + bos <= rows[-1].numel() <= length
+    assert all(r.dtype == torch.int64 for r in rows)
     if bos: assert all(r[0] == 1 and not (r[1:] == 1).any() for r in rows)
     stream = torch.cat([r[bos:] for r in rows]).tolist()
     order = np.random.default_rng([seed, text_hash("de")]).permutation(len(texts))
@@ -93,16 +97,20 @@ def test_windows_fingerprint_depends_on_everything():
     base = dict(tokens=20, length=8, seed=0, bos_token_id=None)
     make = lambda tok=TOK, c=c, **kw: pack(c, tok, **(base | kw)).fingerprint
     others = [make(tokens=21), make(length=9), make(seed=1), make(bos_token_id=1), make(tokens={"de": 20, "en": 19}), make(langs=["de"]),
-              make(c=load_corpus({"de": WORDS, "en": WORDS[1:]})), make(c=load_corpus({"de": WORDS, "en": WORDS[::-1]}, sep=" ")), make(word_tokenizer(WORDS[::-1]))]
+              make(layout="texts"), make(c=load_corpus({"de": WORDS, "en": WORDS[1:]})), make(word_tokenizer(WORDS[::-1])),
+              make(c=load_corpus({"de": WORDS, "en": WORDS[::-1]}, sep=" "))]
     assert len({make(), *others}) == 1 + len(others)
-    assert make() == make(tokens={"German": 20, "en": 20}) == make(word_tokenizer())
+    assert make() == make(tokens={"German": 20, "en": 20}) == make(word_tokenizer()) == pack(c, TOK, packing=W.Packing(20, 8)).fingerprint
 
 
 def test_windows_same_in_every_process():
-    code = ("import warnings; warnings.simplefilter('ignore'); import sys; sys.path[:0] = ['tests', 'tests/text']; import test_windows as t; from langneuron_mi.text.corpora import load_corpus;"
-            "w = t.pack(load_corpus({'de': t.WORDS}), t.TOK, tokens=30, length=7); print(w.fingerprint, w.streams['de'].tolist(), w.seen('de').tolist())")
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    runs = {subprocess.run([sys.executable, "-c", code], cwd=root, env=os.environ | {"PYTHONHASHSEED": s}, capture_output=True, text=True, check=True).stdout for s in "12"}
+    code = ("import warnings; warnings.simplefilter('ignore'); import sys; sys.path.insert(0, 'tests/text'); import test_windows as t;"
+            "w = t.pack(t.load_corpus({'de': t.WORDS}), t.TOK, tokens=30, length=7);"
+            "print(w.fingerprint, w.streams['de'].tolist(), w.seen('de').tolist())")
+    def run(seed):
+        env, root = os.environ | {"PYTHONHASHSEED": seed}, Path(__file__).resolve().parents[2]
+        return subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=True).stdout
+    runs = {run(seed) for seed in "12"}
     assert len(runs) == 1 and "[" in runs.pop()
 
 
@@ -117,8 +125,10 @@ def test_windows_spill_to_a_mapped_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kw,message", [
-    (dict(tokens=10_000), "'de' has 100 tokens with this tokenizer, 10,000 are asked for; lower tokens="), (dict(tokens=0), "tokens=0: give 1 or more"),
-    (dict(tokens={"de": 5}), "names no number for en"), (dict(tokens={"ger": 5}), "did you mean 'de'"), (dict(length=1, bos_token_id=1), "room for a real token after the BOS"),
+    (dict(tokens=10_000), "'de' has 100 tokens with this tokenizer, 10,000 are asked for; lower tokens="),
+    (dict(tokens=0), "tokens=0: give 1 or more"), (dict(tokens={"de": 5}), "names no number for en"),
+    (dict(tokens={"ger": 5}), "did you mean 'de'"), (dict(layout="rows"), "allowed are 'packed' and 'texts'"),
+    (dict(length=1, bos_token_id=1), "room for a real token after the BOS"),
     (dict(length=0), "room for a real token"), (dict(langs=["fr"]), "no 'fr'; it has de, en")])
 def test_windows_errors(kw, message):
     with pytest.raises(CorpusError, match=message): pack(load_corpus({"de": WORDS, "en": WORDS[::-1]}), TOK, **kw)
@@ -134,7 +144,8 @@ def test_windows_unknown_tokens_warn():
 def test_windows_tokenizer_fingerprint_ignores_padding():
     a, b = word_tokenizer(), word_tokenizer()
     a(["w1", "w2 w3"], padding="max_length", truncation=True, max_length=2)
-    assert a.backend_tokenizer.padding and tokenizer_fingerprint(a) == tokenizer_fingerprint(b) != tokenizer_fingerprint(word_tokenizer(template=False))
+    other = word_tokenizer(template=False)
+    assert a.backend_tokenizer.padding and tokenizer_fingerprint(a) == tokenizer_fingerprint(b) != tokenizer_fingerprint(other)
     w = pack(load_corpus({"de": ["w1 w2 w3 w4"]}), a)
     assert w.n_tokens("de") == 5
 
@@ -143,25 +154,8 @@ def test_windows_slow_tokenizer_fingerprint():
     class Slow:
         def __init__(self, vocab): self.vocab = vocab
         def get_vocab(self): return self.vocab
-    assert tokenizer_fingerprint(Slow({"a": 0, "b": 1})) == tokenizer_fingerprint(Slow({"b": 1, "a": 0})) != tokenizer_fingerprint(Slow({"a": 1, "b": 0}))
-
-
-@settings(deadline=None, max_examples=80)
-@given(st.sets(st.integers(0, 300)), st.sets(st.integers(0, 300)), st.integers(4, 40))
-def test_windows_shares_text_against_sets(a, b, k):
-    W.SKETCH, before = k, W.SKETCH
-    try:
-        sketch = lambda s: add_to_sketch(add_to_sketch(np.empty(0, np.uint64), [f" {i}" for i in sorted(s)[::2]]), [f"{i} " for i in sorted(s)])
-        n, (ha, hb) = shares_text(sketch(a), sketch(b)), (sorted(text_hash(str(i)) for i in s) for s in (a, b))
-        bound = min([h[k - 1] for h in (ha, hb) if len(h) >= k], default=2**64)
-        assert n == len({h for h in ha if h <= bound} & {h for h in hb if h <= bound}) <= len(a & b)
-        if max(len(a), len(b)) < k: assert n == len(a & b)
-    finally: W.SKETCH = before
-
-
-def test_windows_shares_text_of_signed_copies():
-    s = add_to_sketch(np.empty(0, np.uint64), map(str, range(500)))
-    assert shares_text(s, s.view(np.int64)) == 500
+    one, same, other = map(tokenizer_fingerprint, (Slow({"a": 0, "b": 1}), Slow({"b": 1, "a": 0}), Slow({"a": 1, "b": 0})))
+    assert one == same != other
 
 
 def test_windows_of_split_parts_share_nothing():

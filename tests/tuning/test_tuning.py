@@ -391,7 +391,7 @@ def test_tuning_lm_dataset_is_the_windows_text(tmp_path):
     data = lm_dataset(texts, tok, "eng_Latn", tokens=40, length=16)
     assert sum(len(r["input_ids"]) for r in data) == 40 + len(data)
     assert all(r["input_ids"][0] == tok.bos_token_id and r["labels"] == [-100] + r["input_ids"][1:] for r in data)
-    from langneuron_mi.text.corpora import load_corpus
+    from langneuron_mi.text.sources import load_corpus
     windows = pack(load_corpus(texts), tok, tokens=40, length=16, bos_token_id=tok.bos_token_id)
     assert [r["input_ids"] for r in lm_dataset(windows, tok, "en")] == [r["input_ids"] for r in data]
     assert len(data.seen["en"])
