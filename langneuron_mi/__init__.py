@@ -6,9 +6,11 @@ from importlib import import_module
 _names = {
     "text.languages": ["language", "languages"],
     "text.corpora": ["Corpus", "load_corpus"],
-    "models.view": ["load_model", "view"],
+    "models.loading": ["load_model"],
+    "models.view": ["view"],
     "recording.stats": ["ActivationStats"],
-    "models.attention": ["attend", "measure_speed"],
+    "models.attention": ["attend"],
+    "recording.speed": ["measure_speed"],
     "recording.tokens": ["cache_activations"],
     "recording.record": ["record"],
     "find.neurons": ["LanguageNeurons", "NeuronSet"],

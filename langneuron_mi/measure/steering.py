@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from ..recording.stats import ActivationStats
 from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
 from ..change.interventions import Current, Intervention, ablate, add, amplify, set_to
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from .perplexity import perplexity_matrix
 from .probes import Probes

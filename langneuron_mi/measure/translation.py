@@ -26,7 +26,8 @@ from ..text.corpora import Corpus, CorpusError, FileTexts, _codes, _hub_commit, 
 from ..change.generation import _known, counts_as, identify
 from ..change.interventions import Intervention
 from ..text.languages import language
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..core.statistics import Estimate, _bootstrap, bootstrap_share, mcnemar
 from ..text.windows import add_to_sketch
 

@@ -24,7 +24,9 @@ from ..core.artifacts import ArtifactError
 from .workers import RayEngine, Recipe, ScalingError, _facts_of, _ray, recipe_of
 from ..recording.groups import Layer, choose, finish, groups as all_groups
 from ..change.interventions import Intervention
-from ..models.view import ModelView, _bundled, view
+from ..models.hooked import ModelView
+from ..models.bundled import _bundled
+from ..models.view import view
 from ..measure.perplexity import _measure, _row, _row_path, _save_row
 from ..recording.recorder import Recorder, Shard
 from ..share.sharing import Reader, _batch
