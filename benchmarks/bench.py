@@ -98,7 +98,7 @@ def speed() -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from langneuron_mi import record
-    from langneuron_mi.models.view import bundled_folder
+    from langneuron_mi.models.bundled import bundled_folder
     model, v, text, tokens, batches = ready()
     hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
     def hf_body():
@@ -123,7 +123,7 @@ def group_speed() -> dict:
 
 def record_peak(tokens: int) -> dict:
     "Peak memory of a recording of so many tokens."
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     from langneuron_mi.recording.record import record
     record(load_model("gemma-3-270m"), corpus(), langs=["en", "de"], tokens=tokens // 2, out=tempfile.mkdtemp(), progress=False)
     return dict(mb=round(peak_mb(), 1))

@@ -85,7 +85,8 @@ def windows() -> dict:
     from bench import corpus
     from langneuron_mi import load_model, record, view
     from langneuron_mi.recording.recorder import Recorder
-    from langneuron_mi.models.attention import attend, window_bytes
+    from langneuron_mi.models.attention import attend
+    from langneuron_mi.models.batches import window_bytes
     from langneuron_mi.text.windows import pack
     model = load_model("gemma-3-270m")
     v = view(model)
@@ -119,7 +120,7 @@ def compiled() -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from bench import best_of
-    from langneuron_mi.models.view import bundled_folder
+    from langneuron_mi.models.bundled import bundled_folder
     hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
     ids = torch.randint(5, 20_000, (8, 256), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

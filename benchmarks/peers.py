@@ -45,7 +45,7 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
     from bench import corpus
     from transformers import AutoModelForCausalLM
     from langneuron_mi import load_model, record, view
-    from langneuron_mi.models.view import bundled_folder
+    from langneuron_mi.models.bundled import bundled_folder
     from langneuron_mi.text.windows import pack
     warnings.filterwarnings("ignore")
     model = load_model("gemma-3-270m")
@@ -148,7 +148,7 @@ def generation_peers(rounds: int = 3, new: int = 24) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
     from langneuron_mi import NeuronSet, amplify, load_model, view
-    from langneuron_mi.models.view import bundled_folder
+    from langneuron_mi.models.bundled import bundled_folder
     model = load_model("gemma-3-270m")
     v = view(model)
     prompts = ["The most important thing in life is", "Yesterday I went to the market and"]*8

@@ -34,7 +34,8 @@ def corpus():
 def child() -> None:
     "A plain process: loads the model, then records the languages that each line of its input names."
     import torch
-    from langneuron_mi.models.view import load_model, view
+    from langneuron_mi.models.loading import load_model
+    from langneuron_mi.models.view import view
     from langneuron_mi.recording.record import record
     torch.set_num_threads(1)
     model, text = load_model("gemma-3-270m"), corpus()

@@ -75,7 +75,9 @@ def main():
     a = p.parse_args()
     from lm_eval.models.huggingface import HFLM
     from langneuron_mi.change.interventions import Intervention, ablate, amplify
-    from langneuron_mi.models.view import bundled_folder, load_model, view
+    from langneuron_mi.models.bundled import bundled_folder
+    from langneuron_mi.models.loading import load_model
+    from langneuron_mi.models.view import view
     from langneuron_mi.find.neurons import NeuronSet
     from langneuron_mi.measure.task_data import load_tasks
     from langneuron_mi.measure.tasks import evaluate

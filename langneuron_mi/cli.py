@@ -79,7 +79,7 @@ def record(
     if min(batch_size, shard_size) < 1: raise ValueError(f"--batch_size {batch_size}, --shard_size {shard_size}: give 1 or more windows")
     if engine == "process" and (workers or address or gpus >= 0): raise ValueError("--workers, --address and --gpus are for a cluster; add --engine ray")
     from langneuron_mi.text.sources import load_corpus
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     from langneuron_mi.recording.stats import check_site
     from langneuron_mi.recording.groups import choose
     from langneuron_mi.recording.record import record
@@ -153,7 +153,7 @@ def perplexity(
     langs = _langs(langs) if langs else list(found)
     from langneuron_mi.core.artifacts import atomic_write
     from langneuron_mi.text.sources import load_corpus
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     from langneuron_mi.measure.perplexity import perplexity_matrix
     _, text = load_corpus(corpus, langs).split(held_out, seed=seed)
     df = perplexity_matrix(load_model(model, revision=revision or None), text, [found] + ([found.random_like(seed)] if random else []), tokens=tokens, seed=seed,
@@ -233,7 +233,7 @@ def eval_(
     change = chosen(neurons, lang, edit, stats or None) if neurons and lang else None  # a wrong word is told before anything is loaded
     from langneuron_mi.measure.task_data import load_tasks
     loaded = load_tasks([t.strip() for t in tasks.split(",") if t.strip()], data_dir or None, None if num_fewshot < 0 else num_fewshot)
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     from langneuron_mi.find.neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
     how, hooked = dict(limit=limit or None, batch_size=batch_size, cache=Path(out)/"answers"), load_model(model, revision=revision or None)

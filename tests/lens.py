@@ -1,7 +1,7 @@
 "Tiny models through every TransformerLens class that the installed version has."
 import torch
 
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.testing.planted import tiny_model
 
 

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.artifacts import fingerprint
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..find.neurons import NeuronSet
 from ..recording.stats import SiteValue
 

@@ -26,7 +26,9 @@ from ..recording.recorder import one_language
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..change.interventions import Intervention, ablate, check_model
-from ..models.view import ModelView, read_tokens, view
+from ..models.hooked import ModelView
+from ..models.logits import read_tokens
+from ..models.view import view
 from ..find.neurons import LanguageNeurons
 from ..core.statistics import bootstrap_ratio
 from ..text.windows import TokenWindows, pack

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..change.interventions import Intervention
-from ..models.view import ModelView, read_tokens, view
+from ..models.hooked import ModelView
+from ..models.logits import read_tokens
+from ..models.view import view
 
 # %% ../../nbs/measure/00_scoring.ipynb #70e1bb86
 @dataclass(frozen=True)

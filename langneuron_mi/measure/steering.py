@@ -25,7 +25,8 @@ from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifa
 from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import takes
 from ..change.interventions import Current, Intervention, ablate, add, amplify, set_to
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from .perplexity import perplexity_matrix
 from .probes import Probes

@@ -22,7 +22,9 @@ from fastcore.basics import patch
 
 from ..core.artifacts import fingerprint, load_artifact, load_json, provenance, save_artifact, save_json
 from ..change.interventions import Intervention, check_model
-from ..models.view import ModelView, load_model, view
+from ..models.hooked import ModelView
+from ..models.loading import load_model
+from ..models.view import view
 from .scoring import _pad, score
 from ..core.statistics import bootstrap_mean, bootstrap_share
 from .task_data import TaskError, _quiet, load_tasks, need_lm_eval, task_lang

@@ -27,7 +27,8 @@ from ..text.sources import FileTexts, _hub_commit, load_corpus
 from ..change.generation import _known, counts_as, identify
 from ..change.interventions import Intervention
 from ..text.languages import language
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..core.statistics import Estimate, _bootstrap, bootstrap_share, mcnemar
 from ..text.sketches import add_to_sketch
 

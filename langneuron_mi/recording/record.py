@@ -19,7 +19,8 @@ from torch import Tensor
 from ..core.artifacts import fingerprint, save_json
 from ..core.engine import Checkpoint, Run, Session, Work, check_config, fold, open_session
 from ..core.settings import takes
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from .groups import finish, groups, merge
 from .recorder import Recorder, RecordingError, Shard, one_language, shards
 from .stats import ActivationStats, _sorted_out, load_texts, save_texts

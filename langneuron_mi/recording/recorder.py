@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .stats import check_site
 from .groups import Layer, Seen, choose, groups
-from ..models.view import ModelView, view
-from ..models.attention import batch_sizes, fastest
+from ..models.hooked import ModelView
+from ..models.view import view
+from ..models.batches import batch_sizes, fastest
 from ..text.windows import TokenWindows
 
 # %% ../../nbs/recording/02_recorder.ipynb #bba445d0

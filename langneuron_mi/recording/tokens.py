@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .stats import check_site
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 
 # %% ../../nbs/recording/04_tokens.ipynb #d9e88b33
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..core.engine import Run, Session, Work
 from ..core.storage import mirrored
-from ..models.view import ModelView, _bundled
+from ..models.hooked import ModelView
+from ..models.bundled import _bundled
 from .workers import Cluster, Pool, Recipe, ScalingError, _facts_of, _ray, recipe_of
 
 # %% ../../nbs/scale/01_ray.ipynb #2386f91e

@@ -25,7 +25,10 @@ import torch
 from fastcore.basics import patch
 
 from ..core.artifacts import _version
-from ..models.view import ModelError, ModelView, _bundled, _facts, load_model, view
+from ..models.hooked import ModelError, ModelView, _facts
+from ..models.bundled import _bundled
+from ..models.loading import load_model
+from ..models.view import view
 from ..recording.recorder import RecordingError
 from ..models.attention import _switch, attend
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Int8
 from torch import Tensor
 
-from ..models.view import ModelError, ModelView, view
+from ..models.hooked import ModelError, ModelView
+from ..models.view import view
 from .sharing import CATEGORIES, Reader, answer_tokens, check_prompts, check_texts, left_pad, of_count
 
 # %% ../../nbs/share/05_attribution.ipynb #20913dda

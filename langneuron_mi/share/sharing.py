@@ -23,7 +23,8 @@ from ..core.settings import takes
 from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
 from ..change.interventions import ablate, amplify
 from ..text.languages import join_continuation, language
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..find.neurons import NeuronSet
 from ..recording.stats import check_site
 from ..core.statistics import paired_difference

@@ -21,7 +21,8 @@ from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..figures.look import FAINT, INK, Html, lang_name, token_heat
 from ..change.interventions import ablate
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.probes import ParallelFacts
 from ..recording.tokens import cache_activations

@@ -21,7 +21,8 @@ from ..text.sources import load_corpus
 from ..change.generation import Generations, generate_texts
 from ..change.interventions import POSITIONS
 from ..text.languages import language
-from ..models.view import load_model, view
+from ..models.loading import load_model
+from ..models.view import view
 from ..find.neurons import LanguageNeurons
 from ..measure.probes import load_probes
 from ..recording.record import record

@@ -26,7 +26,9 @@ from ..recording.groups import choose
 from ..find.identification import lape, random_neurons
 from ..change.interventions import Intervention, ablate, amplify
 from ..text.languages import language
-from ..models.view import ModelView, load_model, view
+from ..models.hooked import ModelView
+from ..models.loading import load_model
+from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import PerplexityMatrix, perplexity_matrix
 from ..measure.probes import ParallelFacts, Probes, load_probes

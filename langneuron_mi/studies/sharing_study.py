@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..core.artifacts import atomic_write, fingerprint, provenance
 from ..share.attribution import category_contribution
 from ..text.languages import language
-from ..models.view import load_model, view
+from ..models.loading import load_model
+from ..models.view import view
 from ..measure.probes import load_probes
 from ..share.sharing import CATEGORIES, CategoryEffect, Sharing, category_effect, check_prompts, sharing
 from ..show.page import check_fields, html_table, read_toml, study_page, write_study

@@ -21,7 +21,8 @@ from ..core.artifacts import fingerprint, load_artifact, save_artifact
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..text.languages import language
-from ..models.view import load_model, view
+from ..models.loading import load_model
+from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import perplexity_matrix, window_nll
 from ..recording.record import record

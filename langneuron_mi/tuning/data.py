@@ -24,7 +24,8 @@ from torch import Tensor
 from ..core.artifacts import fingerprint
 from ..text.corpus import Corpus
 from ..text.languages import language
-from ..models.view import ModelView, view
+from ..models.hooked import ModelView
+from ..models.view import view
 
 # %% ../../nbs/tuning/05_data.ipynb #f58c7b26
 def pad_rows(rows: Sequence[Mapping], # each with input_ids, and labels where there are some: a number, or one per token

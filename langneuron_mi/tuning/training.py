@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 from ..core import artifacts
 from ..text.sources import load_corpus
 from ..change.interventions import check_model
-from ..models.view import ModelView, load_model, view
+from ..models.hooked import ModelView
+from ..models.loading import load_model
+from ..models.view import view
 from .neuron_lora import (ParameterCount, TuneConfig, TuningError, Wiring, _peft, attach, count_parameters, freeze,
                                        trainable_parameters, wiring)
 from ..find.neurons import LanguageNeurons, NeuronSet

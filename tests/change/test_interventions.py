@@ -6,7 +6,8 @@ import torch
 from lens import lens_models
 
 from langneuron_mi.change.interventions import Intervention, ablate, add, amplify, set_to
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import SiteValue
 from langneuron_mi.recording.record import record

@@ -16,7 +16,7 @@ from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.recording.groups import LEVELS
 from langneuron_mi.find.identification import (activation_probability, average_precision, average_precisions, lambda_score, language_activated, lape, plnd, random_neurons)
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet, set_overlap
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model, tiny_model

@@ -9,7 +9,8 @@ from lens import lens_models
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.find.identification import lape, random_neurons
 from langneuron_mi.change.interventions import ablate
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import PerplexityMatrix, perplexity_matrix, window_nll
 from langneuron_mi.recording.record import record

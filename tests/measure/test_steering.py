@@ -7,7 +7,8 @@ from lens import lens_models
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.generation import counts_as, generate_texts, identify, text_quality
 from langneuron_mi.change.interventions import Current, Intervention, ablate, add, amplify, set_to, steer
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.record import record

@@ -16,7 +16,8 @@ import torch
 from lens import lens_models
 
 from langneuron_mi.change.interventions import Intervention, ablate, amplify
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.scoring import score
 from langneuron_mi.measure.task_data import TaskError, find_files, load_tasks, read_rows, task_names
@@ -272,7 +273,7 @@ def test_tasks_fewer_examples_do_not_reuse_answers_of_more(tmp_path):
 _SLOW_RUN = """
 import sys, time
 import langneuron_mi.measure.tasks as t
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.testing.planted import tiny_model
 hf, tok = tiny_model("llama")
 inner = t.Kept.put

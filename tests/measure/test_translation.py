@@ -17,7 +17,9 @@ import langneuron_mi.measure.translation as translation
 from langneuron_mi.text.corpus import CorpusError
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate, amplify
-from langneuron_mi.models.view import ModelError, load_model, view
+from langneuron_mi.models.hooked import ModelError
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.testing.planted import tiny_model
 from langneuron_mi.measure.translation import FLORES, Translations, bleu_tokenizer, build_prompts, is_copy, load_pairs, translate

@@ -9,7 +9,8 @@ from langneuron_mi.recording.stats import ActivationStats, text_file
 from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.recording.groups import LEVELS, N_BINS, Layer, Seen, _edges, bins, groups, quantiles
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.recording.recorder import Recorder, RecordingError
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import tiny_model

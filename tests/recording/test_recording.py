@@ -14,7 +14,8 @@ import torch
 from lens import lens_models
 
 from langneuron_mi.core.artifacts import ArtifactError
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.recording.recorder import Recorder, RecordingError, shards
@@ -233,7 +234,7 @@ SCRIPT = """
 import sys, time, torch, warnings; warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 from langneuron_mi.testing.planted import tiny_model
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.recording.recorder import Recorder
 from langneuron_mi.recording.record import record
 hf, tok = tiny_model("gemma3")

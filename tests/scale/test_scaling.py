@@ -26,7 +26,8 @@ from langneuron_mi.scale.workers import Pool, Recipe, ScalingError, _facts_of, _
 from langneuron_mi.scale.ray import RayEngine
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
 from langneuron_mi.measure.probes import Fact, Probes
@@ -264,7 +265,7 @@ def test_ray_folders_of_a_url(tmp_path):
 def test_ray_command_line_and_url(cluster, saved, tmp_path, capsys, monkeypatch):
     "The command on the cluster; its model is loaded by the worker alone, its folder is a URL."
     import fsspec
-    monkeypatch.setattr("langneuron_mi.models.view.load_model", lambda *a, **k: pytest.fail("this process need not load the model"))
+    monkeypatch.setattr("langneuron_mi.models.loading.load_model", lambda *a, **k: pytest.fail("this process need not load the model"))
     line = ["record", str(saved / "model"), str(saved / "texts"), "en,de,fr", "--tokens", "400", "--length", "24"]
     assert main([*line[:4], "memory://runs/cli", *line[4:], "--engine", "ray", "--workers", "1"]) == 0, capsys.readouterr().err
     monkeypatch.undo()

@@ -10,7 +10,8 @@ from langneuron_mi.share.sharing import CATEGORIES
 from langneuron_mi.share.attribution import (category_contribution, category_share, contribution, effective_score, gradient_x_activation,
     integrated_gradients, w_out, w_u)
 from langneuron_mi.change.interventions import ablate
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.share.sharing import input_categories
 from langneuron_mi.testing.planted import planted_model, tiny_model

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.change.interventions import ablate
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import (CATEGORIES, CategoryEffect, Sharing, answer_tokens, categories, category_effect, category_sets, input_categories, sharing)
@@ -379,7 +380,7 @@ def test_sharing_answer_tokens_where_the_tokenizer_merges_across_the_border():
 
 
 def test_sharing_most_is_a_seeded_choice_among_the_most_frequent(planted):
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     model = load_model(planted.hf, tokenizer=planted.tokenizer)
     s = sharing(model, planted.texts(12, seed=2), progress=False)
     a, b, c = s.most("all-shared", 12), s.most("all-shared", 12), s.most("all-shared", 12, seed=1)
@@ -394,7 +395,7 @@ def test_sharing_most_is_a_seeded_choice_among_the_most_frequent(planted):
 
 
 def test_sharing_and_category_effect_plot(planted):
-    from langneuron_mi.models.view import load_model
+    from langneuron_mi.models.loading import load_model
     model = load_model(planted.hf, tokenizer=planted.tokenizer)
     texts = planted.texts(3, seed=2)
     fig = sharing(model, texts, theta=[0., 4.], progress=False).plot(4.)

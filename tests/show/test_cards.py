@@ -10,7 +10,7 @@ import torch
 
 from langneuron_mi.show.cards import browse, neuron_card, neuron_cards, neuron_table
 from langneuron_mi.find.identification import lape
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from langneuron_mi.studies.comparison import MEASURES, Experiment, read_experiment, selectivities, shared_sets
 from langneuron_mi.text.sources import load_corpus
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.studies.report import write_report
 from langneuron_mi.testing.planted import planted_model, tiny_model

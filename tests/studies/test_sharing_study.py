@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from langneuron_mi.cli import main
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.studies.sharing_study import SharingStudy, parallel_prompts, read_sharing
 from langneuron_mi.testing.planted import tiny_model

@@ -11,7 +11,8 @@ from langneuron_mi.cli import main
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import set_to
 from langneuron_mi.text.languages import UnknownLanguage
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.core.statistics import bootstrap_ratio
 from langneuron_mi.tuning.test_time import TestTime, TokenValues, test_time as run_test_time, token_values

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.tuning.data import (NLI, PRESETS, Prompted, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real, load_nli, load_squad,
                                          nli_rows, pad_rows, preset, prompt_rows, qa_prompt, qa_prompted, split_parallel, translate_prompt, translations)
-from langneuron_mi.models.view import load_model
+from langneuron_mi.models.loading import load_model
 
 
 # the official evaluate-v1.1.py of SQuAD, its functions as published; an independent truth for ours
@@ -145,7 +145,7 @@ def test_finetune_data_only_the_answer_is_learned(tiny):
 def test_finetune_data_answers_are_cut_at_the_line(tiny, monkeypatch):
     hf, tok = tiny("llama")
     model = load_model(hf, tokenizer=tok)
-    from langneuron_mi.models.view import ModelView
+    from langneuron_mi.models.hooked import ModelView
     monkeypatch.setattr(ModelView, "generate", lambda self, prompts, n, **kw: [" the Cat.\nQ: more" if "slept" in p else "\n" for p in prompts])
     got = answer_items(model, [QA("1", "Who?", "The cat slept.", ("cat",)), QA("2", "Who?", "x", ("dog",))])
     assert got["em"].tolist() == [1, 0] and got["f1"].tolist() == [1, 0]

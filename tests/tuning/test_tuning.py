@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from langneuron_mi.core.artifacts import ArtifactError
-from langneuron_mi.models.view import load_model, view
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
 from langneuron_mi.tuning.neuron_lora import TuneConfig, TuningError, attach, count_parameters, trainable_parameters, wiring
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.testing.planted import tiny_model

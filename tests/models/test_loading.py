@@ -1,0 +1,74 @@
+"Loading: from whatever you have, with errors that say what to do."
+import pytest
+import torch
+
+from langneuron_mi.models import loading
+from langneuron_mi.models.hooked import ModelError
+from langneuron_mi.models.loading import load_model
+from langneuron_mi.models.view import view
+from langneuron_mi.recording.record import record
+from langneuron_mi.testing.planted import tiny_model
+
+TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4,
+         "de": ["der schnelle braune", "Fuchs springt weit"] * 5}
+
+
+def test_loading_options_that_would_be_ignored_are_refused():
+    hf, tok = tiny_model("llama")
+    with pytest.raises(ModelError, match="dtype cannot be used"):
+        load_model(hf, tokenizer=tok, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match="own tokenizer"):
+        load_model(load_model(hf, tokenizer=tok), tokenizer=tok)
+
+
+def test_loading_errors_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="did you mean 'gemma-3-270m'"):
+        load_model("gemma-3-270")
+    with pytest.raises(ModelError, match="tokenizer="):
+        load_model(tiny_model("llama")[0])
+    with pytest.raises(ModelError, match="config.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match="not a TransformerLens model"):
+        view(torch.nn.Linear(2, 2))
+    import importlib.util
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n.startswith("gemma3") else real(n, *a))
+    monkeypatch.setenv("LANGNEURON_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r'pip install "langneuron_mi\[demo\]"'):
+        load_model("gemma-3-270m")
+
+
+def test_loading_from_a_folder(tmp_path):
+    hf, tok = tiny_model("qwen2")
+    hf.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    want = hf(ids).logits
+    v = view(load_model(str(tmp_path)))
+    torch.testing.assert_close(v.logits(ids), want, atol=1e-5, rtol=1e-5)
+    assert v.fingerprint == view(load_model(hf, tokenizer=tok)).fingerprint
+
+
+def test_loading_a_loaded_model_keeps_its_name_when_it_is_loaded_again(tmp_path, monkeypatch):
+    hf, tok = tiny_model("llama")
+    hf.save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    monkeypatch.setitem(loading._bundled, "toy", dict(id="toy-dequantised"))
+    monkeypatch.setattr(loading, "bundled_folder", lambda name: tmp_path)
+    model = load_model("toy")
+    assert view(model).model_id == view(load_model(model)).model_id == "toy-dequantised"
+
+
+def test_loading_device_map(tmp_path):
+    hf, tok = tiny_model("llama")
+    hf.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), device_map={"": "cpu"})
+    assert view(model).dtype == torch.float32 and view(model).fingerprint == view(load_model(str(tmp_path))).fingerprint
+    here = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
+    parts = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
+    try: partly = load_model(str(tmp_path), device_map=parts, offload_folder=str(tmp_path / "off"))
+    except ModelError as e: assert "disk" in str(e)  # TransformerLens 3.9 refuses what 4.3 runs
+    else:
+        got, want = (record(m, TEXTS, length=16, groups="all", texts=3, progress=False) for m in (partly, model))
+        assert got.model == want.model and torch.equal(got.count_pos, want.count_pos) and torch.equal(got.impact["en"], want.impact["en"])
+    with pytest.raises(ModelError, match="device_map"): load_model(hf, tokenizer=tok, device_map="auto")
