@@ -25,7 +25,8 @@ from .workers import RayEngine, Recipe, ScalingError, _facts_of, _ray, recipe_of
 from ..recording.groups import Layer, choose, finish, groups as all_groups
 from ..change.interventions import Intervention
 from ..models.view import ModelView, _bundled, view
-from ..measure.perplexity import _measure, _row, _row_path, _save_row
+from ..measure.perplexity import _measure, _row_path, _save_row
+from ..measure.scoring import _row
 from ..recording.recorder import Recorder, Shard
 from ..share.sharing import Reader, _batch
 from ..measure.steering import _score

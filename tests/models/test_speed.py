@@ -8,7 +8,7 @@ from langneuron_mi.models.view import ModelError, load_model, view
 from langneuron_mi.recording.recorder import Recorder, _ahead, _Batch
 from langneuron_mi.recording.record import record
 from langneuron_mi.models.attention import attend, batch_sizes, fastest, free_bytes, measure_speed, window_bytes
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "bloom", "gpt2"]
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit"] * 5}

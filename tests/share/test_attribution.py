@@ -13,7 +13,8 @@ from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.share.sharing import input_categories
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 PROMPTS, ANSWERS = ["abc de", "f", "ghij klm nop"], ["xy", "z", "b"]

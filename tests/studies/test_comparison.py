@@ -17,7 +17,8 @@ from langneuron_mi.text.corpora import load_corpus
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.studies.report import write_report
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 LANGS = ("en", "de", "fr")
 PPL, ANSWER, LSS = MEASURES

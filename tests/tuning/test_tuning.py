@@ -13,7 +13,7 @@ from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.models.view import load_model, view
 from langneuron_mi.tuning.neuron_lora import TuneConfig, TuningError, attach, count_parameters, trainable_parameters, wiring
 from langneuron_mi.find.neurons import NeuronSet
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.tuning.training import PadCollator, Tuned, classifier, lm_dataset, plain_model, tune
 from langneuron_mi.text.windows import pack
 

@@ -5,7 +5,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from langneuron_mi.tuning.neuron_lora import TuneConfig, attach
 from langneuron_mi.find.neurons import NeuronSet
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.tuning.memory import LiveBytes, dry_run_memory, meta_model, predict_memory
 
 LLAMA_8B = dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
