@@ -77,10 +77,7 @@ def test_finetune_data_position_minus_one_is_a_pad(tiny):
     assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_finetune_data_pads_are_no_labels():
-    batch = pad_rows([dict(input_ids=[1, 2, 3], labels=[-100, 2, 3]), dict(input_ids=[4], labels=[4])], 0)
-    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]] and batch["attention_mask"].sum() == 4
-    with pytest.raises(ValueError, match="has no pad token; set"): pad_rows([dict(input_ids=[1])], None)
+def test_finetune_data_a_row_of_pads_has_no_last_token():
     with pytest.raises(ValueError, match="without any real token"): last_real(torch.tensor([[1, 0], [0, 0]]))
 
 
