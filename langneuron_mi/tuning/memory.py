@@ -8,6 +8,7 @@ __all__ = ['Memory', 'meta_model', 'predict_memory', 'LiveBytes', 'dry_run_memor
 # %% ../../nbs/tuning/06_memory.ipynb #33f35253
 import copy
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .neuron_lora import TuneConfig, _chosen, _picked, attach, count_parameters, wiring
 from ..find.neurons import NeuronSet
+from .neuron_lora import Matrix, TuneConfig, Wiring, _chosen, _picked, attach, count_parameters, wiring
 
 # %% ../../nbs/tuning/06_memory.ipynb #78dd4b89
 @dataclass(frozen=True)
@@ -59,24 +60,42 @@ def meta_model(hf_config, # a Hugging Face config, e.g. LlamaConfig(...) or Auto
 def _classifies(hf) -> bool: return hf.get_output_embeddings() is None
 
 # %% ../../nbs/tuning/06_memory.ipynb #2ebf1c07
-def _kept_by_layer(hf, picked: dict, config: TuneConfig, w) -> int: # bytes per token
-    "What one layer keeps for its backward pass."
-    cfg, c, layer = hf.config.get_text_config(), 2 if config.dtype == "bfloat16" else 4, w.n_layers - 1
-    full = lambda m: config.full_rank and m.role != "attention"
-    last = max(m.layer for m, _ in picked.values())
-    here = [(m, len(n) if full(m) else config.rank) for m, n in picked.values() if m.layer == last]
-    learning = [m for m, _ in here if not (full(m) and m.role == "out")] # a selection needs no input for its gradient
-    heads = cfg.num_attention_heads
-    size = getattr(cfg, "head_dim", None) or w.d_model//heads
-    q, kv = heads*size, (getattr(cfg, "num_key_value_heads", None) or heads)*size
-    norms = 4*w.d_model*sum(1 for n, p in hf.get_submodule(_prefix(w)).named_parameters() if p.ndim == 1 and p.numel() == w.d_model and n.endswith("weight"))
-    gated = len([m for m in w.of("in") if m.layer == layer]) > 1 or any(m.n_out > w.d_mlp for m in w.of("in"))
-    inputs = sum(4*m.n_in for m in learning) if c == 2 else sum(4*n for n in {(m.role, m.n_in): m.n_in for m in learning}.values())
-    return inputs + sum(4*rank for _, rank in here) + norms + c*(2*q + 2*kv) + 4*heads + c*w.d_mlp*(3 if gated else 1)
+def _bytes_of(config: TuneConfig) -> int: return 2 if config.dtype == "bfloat16" else 4 # of one number
 
-def _prefix(w) -> str: # of the last layer
+def _selects(m: Matrix, config: TuneConfig) -> bool: return config.full_rank and m.role != "attention"
+
+def _prefix(w: Wiring) -> str: # of the last layer
     name = next(m.name for m in w.matrices if m.layer == w.n_layers - 1)
     return name[:name.index(f".{w.n_layers - 1}.")] + f".{w.n_layers - 1}"
+
+def _adapter_keeps(picked: dict, config: TuneConfig) -> int: # bytes per token
+    "What the adapter of one layer keeps: inputs in float32, and what lies between its factors."
+    last = max(m.layer for m, _ in picked.values())
+    here = [(m, len(n) if _selects(m, config) else config.rank) for m, n in picked.values() if m.layer == last]
+    learning = [m for m, _ in here if not (_selects(m, config) and m.role == "out")] # a selection needs no input for its gradient
+    each = [m.n_in for m in learning]
+    shared = {(m.role, m.n_in): m.n_in for m in learning}.values() # in float32 matrices that read the same keep it once
+    return 4*sum(each if _bytes_of(config) == 2 else shared) + 4*sum(rank for _, rank in here)
+
+def _attention_keeps(cfg, d_model: int, c: int) -> int: # bytes per token
+    "Queries, keys, values, the output, and one number of each head."
+    heads = cfg.num_attention_heads
+    size = getattr(cfg, "head_dim", None) or d_model//heads
+    q, kv = heads*size, (getattr(cfg, "num_key_value_heads", None) or heads)*size
+    return c*(2*q + 2*kv) + 4*heads
+
+def _norms_keep(layer: torch.nn.Module, d_model: int) -> int: # bytes per token
+    "The input of each norm, in float32."
+    vectors = [p for n, p in layer.named_parameters() if n.endswith("weight") and p.ndim == 1 and p.numel() == d_model]
+    return 4*d_model*len(vectors)
+
+def _kept_by_layer(hf, picked: dict, config: TuneConfig, w: Wiring) -> int: # bytes per token
+    "What one layer keeps for its backward pass."
+    c, into = _bytes_of(config), w.of("in")
+    gated = len([m for m in into if m.layer == w.n_layers - 1]) > 1 or any(m.n_out > w.d_mlp for m in into)
+    mlp = c*w.d_mlp*(3 if gated else 1)
+    attention = _attention_keeps(hf.config.get_text_config(), w.d_model, c)
+    return _adapter_keeps(picked, config) + _norms_keep(hf.get_submodule(_prefix(w)), w.d_model) + attention + mlp
 
 # %% ../../nbs/tuning/06_memory.ipynb #4a000f58
 _moments = dict(adamw_torch=2, sgd=0, adafactor=0)
@@ -89,11 +108,11 @@ def predict_memory(hf, # a Hugging Face model; on the meta device too
     "Peak memory of a training step, by the formula."
     w, V = wiring(hf), hf.get_input_embeddings().num_embeddings
     picked = _picked(w, _chosen(w, neurons, config), config)
-    c, N = 2 if config.dtype == "bfloat16" else 4, config.batch_size*length
+    c, N = _bytes_of(config), config.batch_size*length
     embeddings = V*w.d_model*(1 if hf.config.get_text_config().tie_word_embeddings or _classifies(hf) else 2)
     weights = c*(embeddings + sum(m.n_in*m.n_out for m in w.matrices))
     allocated = count_parameters(w, neurons, config).allocated
-    selections = sum(len(n)*(m.n_out if m.role == "in" else m.n_in) for m, n in picked.values() if config.full_rank and m.role != "attention")
+    selections = sum(len(n)*(m.n_out if m.role == "in" else m.n_in) for m, n in picked.values() if _selects(m, config))
     learned = 4*(allocated - selections)
     layer, head = N*_kept_by_layer(hf, picked, config, w), 0 if _classifies(hf) else 12*N*V
     kept = w.n_layers*(N*c*w.d_model if config.gradient_checkpointing else layer)
@@ -149,21 +168,33 @@ def _shapes_only_attention(hf) -> None:
     if not _classifies(hf): hf.config.pad_token_id = None # or it would look for pads among ids that have no values
 
 # %% ../../nbs/tuning/06_memory.ipynb #1cf2f27d
+def _size(ps: Iterable[Tensor]) -> int: return sum(p.numel()*p.element_size() for p in ps) # bytes
+
+def _optimizer(learned: list[Tensor], config: TuneConfig) -> torch.optim.Optimizer:
+    "The Trainer's optimizer of that name."
+    from transformers.optimization import Adafactor
+    if config.optimizer == "adafactor": return Adafactor(learned, lr=config.lr, relative_step=False, scale_parameter=False)
+    make = dict(adamw_torch=torch.optim.AdamW, sgd=torch.optim.SGD)[config.optimizer]
+    return make(learned, lr=config.lr, foreach=False)
+
+def _step(model, config: TuneConfig, length: int) -> None:
+    "Forward and backward of one batch."
+    ids = torch.zeros(config.batch_size, length, dtype=torch.long, device=next(model.parameters()).device)
+    labels = ids[:, 0] if _classifies(model.base_model.model) else ids
+    model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+
 def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one for each dry run
                    neurons: NeuronSet | None, # with mlp="neurons"
                    config: TuneConfig,
                    *, length: int = 256, # tokens of a row
                   ) -> Memory:
     "Two training steps on shapes alone; the peak of the second, with the optimizer's state in place."
-    from transformers.optimization import Adafactor
     _shapes_only_attention(hf)
     model, live = attach(hf, neurons, config, task_type="classification" if _classifies(hf) else "lm").train(), LiveBytes()
     if config.gradient_checkpointing: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     learned = [p for p in model.parameters() if p.requires_grad]
-    size = lambda ps: sum(p.numel()*p.element_size() for p in ps)
     adapter = [p for n, p in model.named_parameters() if "lora_" in n]
-    make = dict(adamw_torch=torch.optim.AdamW, sgd=torch.optim.SGD, adafactor=Adafactor)[config.optimizer]
-    optimizer = make(learned, lr=config.lr, **(dict(relative_step=False, scale_parameter=False) if config.optimizer == "adafactor" else dict(foreach=False)))
+    optimizer = _optimizer(learned, config)
     for p in [*model.parameters(), *model.buffers()]: live.add(p)
     fixed = live.now
     with live:
@@ -172,9 +203,5 @@ def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one f
         optimizer.zero_grad()
         state, live.peak = live.now - fixed, live.now
         _step(model, config, length)
-    weights = size(model.parameters()) - size(adapter)
-    return Memory(weights, size(adapter), size(learned), state, live.peak - fixed - state - size(learned))
-
-def _step(model, config: TuneConfig, length: int) -> None:
-    ids = torch.zeros(config.batch_size, length, dtype=torch.long, device=next(model.parameters()).device)
-    model(input_ids=ids, labels=ids[:, 0] if _classifies(model.base_model.model) else ids, use_cache=False).loss.backward()
+    weights = _size(model.parameters()) - _size(adapter)
+    return Memory(weights, _size(adapter), _size(learned), state, live.peak - fixed - state - _size(learned))

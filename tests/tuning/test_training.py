@@ -235,7 +235,8 @@ def test_tuning_finished_run_returns_at_once_and_refuses_other_settings(tmp_path
     stamp = (first.adapter_dir/"adapter_model.safetensors").stat().st_mtime_ns
     again = tune(model, rows(), some(model), TuneConfig(**FAST), out=tmp_path)
     assert (again.adapter_dir/"adapter_model.safetensors").stat().st_mtime_ns == stamp
-    others = [(dict(lr=.1), rows(), some(model), "lr"), (dict(), rows(seed=1), some(model), "data"), (dict(), rows(), some(model, 1), "neurons")]
+    others = [(dict(lr=.1), rows(), some(model), "lr"), (dict(), rows(seed=1), some(model), "data"),
+              (dict(), rows(), some(model, 1), "neurons")]
     for config, data, neurons, word in others:
         with pytest.raises(TuningError, match=f"another {word}"): tune(model, data, neurons, TuneConfig(**FAST | config), out=tmp_path)
 
