@@ -4,17 +4,16 @@ import json
 import re
 import string
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from langneuron_mi.text.corpora import load_corpus
-from langneuron_mi.tuning.data import (NLI, PRESETS, Prompted, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match,
-    last_real, load_nli, load_squad, nli_rows, preset, prompt_rows, qa_prompt, qa_prompted, split_parallel, translate_prompt,
-    translations)
-from langneuron_mi.tuning.rows import pad_rows
 from langneuron_mi.models.view import load_model
+from langneuron_mi.tuning.data import (NLI, PRESETS, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real,
+                                       load_nli, load_squad, nli_rows, preset, prompt_rows, qa_prompted, split_parallel,
+                                       translate_prompt, translations)
+from langneuron_mi.tuning.rows import pad_rows
 
 
 # the official evaluate-v1.1.py of SQuAD, its functions as published; an independent truth for ours
