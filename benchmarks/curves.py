@@ -13,7 +13,7 @@ def exponent(x: list, y: list) -> float:
 
 def _tiny(**config):
     from langneuron_mi import load_model
-    from langneuron_mi.testing.planted import tiny_model
+    from langneuron_mi.testing.tiny import tiny_model
     sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=512)
     hf, tok = tiny_model("llama", std=.05, **sizes | config)
     return load_model(hf, tokenizer=tok)

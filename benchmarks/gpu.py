@@ -16,7 +16,7 @@ def model_of(shape: dict, device: str, dtype):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from langneuron_mi import load_model
-    from langneuron_mi.testing.planted import tiny_model
+    from langneuron_mi.testing.tiny import tiny_model
     kept = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -40,5 +40,5 @@ def planted():
 @pytest.fixture(scope="session")
 def tiny():
     "`tiny(arch, **config)` makes a fresh random model and its tokenizer."
-    from langneuron_mi.testing.planted import tiny_model
+    from langneuron_mi.testing.tiny import tiny_model
     return tiny_model

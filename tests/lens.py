@@ -2,7 +2,7 @@
 import torch
 
 from langneuron_mi.models.loading import load_model
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 
 def has_hooked_transformer() -> bool:

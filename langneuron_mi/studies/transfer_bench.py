@@ -30,7 +30,10 @@ from ..share.sharing import CATEGORIES, sharing
 from ..show.page import check_fields, read_toml
 from ..tuning.test_time import TestTime, TokenValues, test_time
 from ..tuning.neuron_lora import TuneConfig, trainable_parameters
-from ..tuning.training import Tuned, lm_dataset, plain_model, tune
+from ..tuning.tuned import Tuned
+from ..tuning.rows import lm_dataset
+from ..tuning.plain import plain_model
+from ..tuning.training import tune
 from ..text.windows import pack
 
 # %% ../../nbs/studies/08_transfer_bench.ipynb #12db5501

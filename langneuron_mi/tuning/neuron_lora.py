@@ -36,10 +36,12 @@ def _check(c) -> None:
         if getattr(c, k) not in allowed: raise TuningError(f"{k}={getattr(c, k)!r}; allowed are {', '.join(map(repr, allowed))}")
     for k, least in _positive.items():
         x = getattr(c, k)
-        if x is not None and (x < least or (least == 0 and x == 0)): raise TuningError(f"{k}={x}; give {'a number above 0' if least == 0 else 'at least 1'}")
+        if x is not None and (x < least or least == x == 0):
+            raise TuningError(f"{k}={x}; give {'a number above 0' if least == 0 else 'at least 1'}")
     if not 0 <= c.warmup < 1: raise TuningError(f"warmup={c.warmup} is a share of the updates: give 0 or more and less than 1")
     if c.clip < 0 or c.weight_decay < 0: raise TuningError(f"clip={c.clip}, weight_decay={c.weight_decay}: neither can be negative")
-    if len(c.betas) != 2 or not all(0 <= b < 1 for b in c.betas): raise TuningError(f"betas={c.betas}: two numbers, 0 or more and less than 1")
+    if len(c.betas) != 2 or not all(0 <= b < 1 for b in c.betas):
+        raise TuningError(f"betas={c.betas}: two numbers, 0 or more and less than 1")
     if c.mlp == "none" and not c.attention: raise TuningError("attention=False and mlp='none' leave nothing to tune; set one of the two")
     if c.mlp == "none" and c.full_rank: raise TuningError("full_rank=True trains neurons, and mlp='none' has none; set one of the two")
 
@@ -102,13 +104,16 @@ def _features(module) -> tuple[int, int] | None: # (read, written)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"): return module.weight.shape[0], module.nf  # GPT-2 stores the transpose
     return None
 
-def _has_heads(module) -> bool: return any(isinstance(getattr(module, k, None), int) for k in ("head_dim", "num_heads", "num_attention_heads"))
+def _has_heads(module) -> bool:
+    "Is it an attention?"
+    return any(isinstance(getattr(module, k, None), int) for k in ("head_dim", "num_heads", "num_attention_heads"))
 
 def _layers(hf) -> tuple[str, nn.ModuleList]:
     "Name and list of the decoder's layers."
     n = hf.config.get_text_config().num_hidden_layers
     for name, m in hf.named_modules():
-        if isinstance(m, nn.ModuleList) and len(m) == n and all(any(_has_heads(c) for c in layer.children()) for layer in m): return name, m
+        if not isinstance(m, nn.ModuleList) or len(m) != n: continue
+        if all(any(_has_heads(c) for c in layer.children()) for layer in m): return name, m
     raise TuningError(f"{type(hf).__name__} has no list of {n} layers with attention: its neurons cannot be found")
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #1a5414a5
@@ -124,8 +129,8 @@ def wiring(hf, # a Hugging Face decoder; on the meta device too
         out = [(name, i) for name, i, o in outside if o == d_model and i != d_model]
         into = [name for name, i, o in outside if i == d_model and o != d_model]
         if len(out) != 1 or not into or len(out) + len(into) != len(outside):
-            raise TuningError(f"layer {l} of {type(hf).__name__} is no MLP with one matrix back to the residual stream ({[r[0] for r in outside]}); "
-                              "mixtures of experts and MLPs as wide as the model are not supported")
+            raise TuningError(f"layer {l} of {type(hf).__name__} is no MLP with one matrix back to the residual stream "
+                              f"({[r[0] for r in outside]}); mixtures of experts and MLPs as wide as the model are not supported")
         widths.add(out[0][1])
         role = dict.fromkeys(into, "in") | {out[0][0]: "out"}
         found += [Matrix(f"{prefix}.{l}.{name}", l, role.get(name, "attention"), i, o) for name, i, o in rows]
@@ -143,8 +148,10 @@ def _chosen(w: Wiring, neurons: NeuronSet | None, config: TuneConfig) -> list[Te
         return [torch.arange(w.d_mlp if config.mlp == "all" else 0)]*w.n_layers
     if neurons is None: raise TuningError("mlp='neurons' needs a NeuronSet; for all neurons give mlp='all', for none mlp='none'")
     if tuple(neurons.shape) != w.shape:
-        raise TuningError(f"these neurons belong to a model of {neurons.shape[0]} layers x {neurons.shape[1]} neurons; this one has {w.n_layers} x {w.d_mlp}")
-    if not len(neurons): raise TuningError("the set of neurons is empty: there is nothing to tune in the MLPs; for the attention alone give mlp='none'")
+        raise TuningError(f"these neurons belong to a model of {neurons.shape[0]} layers x {neurons.shape[1]} neurons; "
+                          f"this one has {w.n_layers} x {w.d_mlp}")
+    if not len(neurons):
+        raise TuningError("the set of neurons is empty: there is nothing to tune in the MLPs; for the attention alone give mlp='none'")
     return [neurons.neurons_in(l) for l in range(w.n_layers)]
 
 def _picked(w: Wiring, chosen: list[Tensor], config: TuneConfig) -> dict[str, tuple[Matrix, Tensor]]:
@@ -152,7 +159,9 @@ def _picked(w: Wiring, chosen: list[Tensor], config: TuneConfig) -> dict[str, tu
     get = {m.name: (m, torch.arange(0)) for m in w.of("attention") if config.attention}
     for m in w.of("in", "out"):
         n = chosen[m.layer]
-        if len(n): get[m.name] = m, torch.cat([n + k for k in range(0, m.n_out, w.d_mlp)]) if m.role == "in" else n # gate and up in one matrix: two rows a neuron
+        if not len(n): continue
+        if m.role == "in": n = torch.cat([n + k for k in range(0, m.n_out, w.d_mlp)]) # gate and up in one matrix: two rows a neuron
+        get[m.name] = m, n
     return {m.name: get[m.name] for m in w.matrices if m.name in get}
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #c8439236
@@ -173,14 +182,20 @@ def _numbers(m: Matrix, n: int, rank: int, full: bool) -> tuple[int, int]: # tra
     if full: return n*free, n*(m.n_in + m.n_out)
     return rank*(free + n), rank*(m.n_in + m.n_out)
 
+def _wired(model) -> Wiring: return model if isinstance(model, Wiring) else wiring(model)
+
 def count_parameters(hf_model_or_shape, # a Hugging Face model (on the meta device too), or its `wiring`
                      neurons: NeuronSet | None, # with mlp="neurons"
                      config: TuneConfig) -> ParameterCount:
     "Trainable and allocated numbers, by the formula."
-    w = hf_model_or_shape if isinstance(hf_model_or_shape, Wiring) else wiring(hf_model_or_shape)
-    rows = [(m.role, *_numbers(m, len(n), config.rank, config.full_rank)) for m, n in _picked(w, _chosen(w, neurons, config), config).values()]
-    total = lambda i, *roles: sum(r[i] for r in rows if not roles or r[0] in roles)
-    return ParameterCount(total(1, "attention"), total(1, "in", "out"), total(2))
+    w = _wired(hf_model_or_shape)
+    picked = _picked(w, _chosen(w, neurons, config), config)
+    trainable, allocated = dict(attention=0, neurons=0), 0
+    for m, n in picked.values():
+        free, held = _numbers(m, len(n), config.rank, config.full_rank)
+        trainable["attention" if m.role == "attention" else "neurons"] += free
+        allocated += held
+    return ParameterCount(**trainable, allocated=allocated)
 
 def trainable_parameters(hf_model_or_shape, # a Hugging Face model (on the meta device too), or its `wiring`
                          neurons: NeuronSet | None, # with mlp="neurons"
@@ -189,12 +204,14 @@ def trainable_parameters(hf_model_or_shape, # a Hugging Face model (on the meta 
     return count_parameters(hf_model_or_shape, neurons, config).trainable
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #44a5c27e
+_peft_tasks = dict(lm="CAUSAL_LM", classification="SEQ_CLS")
+
 def _lora_config(hf, picked: dict, config: TuneConfig, task_type: str):
     "peft's description of the adapter."
-    ranks = {name: len(n) for name, (m, n) in picked.items() if m.role != "attention"} if config.full_rank else {}
+    ranks = {name: len(n) for name, (m, n) in picked.items() if config.full_rank and m.role != "attention"}
     conv = any(type(hf.get_submodule(name)).__name__ == "Conv1D" for name in picked)
-    return _peft().LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(picked), fan_in_fan_out=conv, bias="none", lora_dropout=0.,
-                              rank_pattern=ranks, alpha_pattern=dict(ranks), task_type={"lm": "CAUSAL_LM", "classification": "SEQ_CLS"}[task_type])
+    return _peft().LoraConfig(r=config.rank, lora_alpha=config.alpha, rank_pattern=ranks, alpha_pattern=dict(ranks), bias="none",
+                              lora_dropout=0., target_modules=list(picked), fan_in_fan_out=conv, task_type=_peft_tasks[task_type])
 
 def _factors(model, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     "A and B of one matrix."
@@ -225,8 +242,8 @@ class Mask:
         if self.p.is_meta: return
         if not self.frozen: self.p.copy_(self.apply(self.p))
         else:
-            i = torch.arange(len(self.keep), device=self.p.device)
-            self.p.zero_()[(self.keep.to(self.p.device), i) if self.dim == 0 else (i, self.keep.to(self.p.device))] = 1
+            keep, i = self.keep.to(self.p.device), torch.arange(len(self.keep), device=self.p.device)
+            self.p.zero_()[(keep, i) if self.dim == 0 else (i, keep)] = 1
 
     @property
     def trainable(self) -> int: return 0 if self.frozen else len(self.keep)*self.p.shape[1 - self.dim]
@@ -265,7 +282,8 @@ def attach(hf_model, # a Hugging Face decoder; its weights are frozen, its linea
     picked = _picked(w, _chosen(w, neurons, config), config)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        model = peft.get_peft_model(hf_model, _lora_config(hf_model, picked, config, task_type), low_cpu_mem_usage=next(hf_model.parameters()).is_meta)
+        lora, on_meta = _lora_config(hf_model, picked, config, task_type), next(hf_model.parameters()).is_meta
+        model = peft.get_peft_model(hf_model, lora, low_cpu_mem_usage=on_meta)
         _start(model, picked, config)
     _mask(model, picked, config)
     return model

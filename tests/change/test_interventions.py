@@ -11,7 +11,7 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import SiteValue
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 

@@ -19,7 +19,8 @@ from langneuron_mi.find.identification import (activation_probability, average_p
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet, set_overlap
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 TEXTS = {"en": ["the cat sat on the mat", "a dog", "birds fly south in winter because it is cold", "quiet now", "one more line"]*4,
          "de": ["die Katze saß auf der Matte", "ein Hund", "Vögel fliegen im Winter nach Süden", "still jetzt", "noch eine Zeile"]*4,

@@ -14,7 +14,8 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import PerplexityMatrix, perplexity_matrix, window_nll
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit", "und noch ein Satz"] * 5}
 

@@ -13,7 +13,8 @@ from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.measure.steering import Steering, factor, layer_sweep, log_probs, lss, tokenize
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 PAIRS = [("The capital of Germany is", ["The capital of Germany is Berlin", "The capital of Germany is Берлин", "The capital of Germany is柏林市中心"]),
          ("首都は", ["首都は東京", "首都はTokyo City"]), ("เมืองหลวงคือ", ["เมืองหลวงคือกรุงเทพ", "เมืองหลวงคือBangkok"]), ("a", ["ab", "a long answer of many words"])]

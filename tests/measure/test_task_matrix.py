@@ -15,7 +15,8 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.task_data import TaskError, load_tasks
 from langneuron_mi.measure.task_matrix import NONE, TaskMatrix, change_matrices, evaluate_matrix, task_rows
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 DATA = Path(__file__).parents[1]/"data"/"tasks"  # a few items written by us: see the README there
 LANGS = ("it", "id", "sw")

@@ -22,7 +22,7 @@ from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.scoring import score
 from langneuron_mi.measure.task_data import TaskError, find_files, load_tasks, read_rows, task_names
 from langneuron_mi.measure.tasks import Kept, LangNeuronLM, TaskResults, evaluate
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 DATA = Path(__file__).parents[1]/"data"/"tasks"  # a few items written by us: see the README there
 NAMES = ["xcopa_it", "xwinograd_en", "xwinograd_jp", "xnli_vi", "belebele_ita_Latn", "include_base_44_italian_stem"]
@@ -274,7 +274,7 @@ _SLOW_RUN = """
 import sys, time
 import langneuron_mi.measure.tasks as t
 from langneuron_mi.models.loading import load_model
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 hf, tok = tiny_model("llama")
 inner = t.Kept.put
 def put(self, key, value):

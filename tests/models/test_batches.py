@@ -5,7 +5,7 @@ from langneuron_mi.models.attention import attend
 from langneuron_mi.models.batches import batch_sizes, fastest, free_bytes, window_bytes
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 
 def test_batches_fastest_and_memory():

@@ -4,7 +4,7 @@ import torch
 
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 
 def test_hooked_hooks_removed_after_error_and_others_kept():

@@ -3,7 +3,7 @@ import torch
 
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 
 def test_identity_fingerprint_same_in_bf16_other_after_an_edit():

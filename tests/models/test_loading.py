@@ -7,7 +7,7 @@ from langneuron_mi.models.hooked import ModelError
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4,
          "de": ["der schnelle braune", "Fuchs springt weit"] * 5}

@@ -5,7 +5,7 @@ import torch
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.logits import read_tokens
 from langneuron_mi.models.view import view
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "bloom", "gpt2"]
 

@@ -5,7 +5,7 @@ import torch
 from langneuron_mi.models.hooked import ModelError
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 
 def test_mlp_wrong_mlp_is_refused():

@@ -13,7 +13,7 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.recording.recorder import Recorder, RecordingError
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.text.windows import pack
 
 TEXTS = {"en": ["the cat sat on the mat", "a dog", "birds fly south in winter because it is cold", "quiet now"]*3,

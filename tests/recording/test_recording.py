@@ -21,7 +21,8 @@ from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.recording.recorder import Recorder, RecordingError, shards
 from langneuron_mi.recording.tokens import cache_activations
 from langneuron_mi.recording.record import record
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.text.windows import pack
 from langneuron_mi.text.sources import load_corpus
 
@@ -233,7 +234,7 @@ def test_recording_full_disk_then_continues(tmp_path, monkeypatch):
 SCRIPT = """
 import sys, time, torch, warnings; warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.recording.recorder import Recorder
 from langneuron_mi.recording.record import record

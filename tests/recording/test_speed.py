@@ -10,7 +10,7 @@ from langneuron_mi.models.view import view
 from langneuron_mi.recording.record import record
 from langneuron_mi.recording.recorder import Recorder, _ahead, _Batch
 from langneuron_mi.recording.speed import measure_speed
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4,
          "de": ["der schnelle braune", "Fuchs springt weit"] * 5}

@@ -14,7 +14,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.share.sharing import input_categories
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 PROMPTS, ANSWERS = ["abc de", "f", "ghij klm nop"], ["xy", "z", "b"]

@@ -22,7 +22,8 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import (CATEGORIES, CategoryEffect, Sharing, answer_tokens, categories, category_effect, category_sets, input_categories, sharing)
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
 PROMPTS = {"en": ["abc de", "f", "ghij klm nop", "q r s", "tuv"], "de": ["zyx", "wv uts rq", "p", "onm l k", "ji"], "zh": ["中", "文字", "我们x", "y你好", "zz"]}

@@ -14,7 +14,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 LANGS = ("en", "de", "fr")
 

@@ -7,7 +7,7 @@ import pytest
 
 from langneuron_mi.studies.amplification import AmplificationStudy, read_study
 from langneuron_mi.cli import main
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 TEXT = {"en": [f"the {w} cat sat on the mat" for w in "big small old new red blue green black white grey fat thin".split()],
         "fr": [f"le chat {w} était sur le tapis" for w in "grand petit vieux neuf rouge bleu vert noir blanc gris gros mince".split()],

@@ -18,7 +18,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.studies.report import write_report
-from langneuron_mi.testing.planted import planted_model, tiny_model
+from langneuron_mi.testing.planted import planted_model
+from langneuron_mi.testing.tiny import tiny_model
 
 LANGS = ("en", "de", "fr")
 PPL, ANSWER, LSS = MEASURES

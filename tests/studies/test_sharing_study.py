@@ -11,7 +11,7 @@ from langneuron_mi.cli import main
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.studies.sharing_study import SharingStudy, parallel_prompts, read_sharing
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 
 PROMPTS = {"en": ["ab cd", "e", "fgh"], "de": ["xy z", "wv", "u"], "zh": ["中", "文字", "我x"]}
 ANSWERS = {"en": ["b", "c", "d"], "de": ["x", "y", "z"], "zh": ["文", "字", "好"]}

@@ -16,7 +16,7 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.core.statistics import bootstrap_ratio
 from langneuron_mi.tuning.test_time import TestTime, TokenValues, test_time as run_test_time, token_values
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.studies.transfer import TransferResult, seed_interval
 from langneuron_mi.studies.transfer_bench import CONDITIONS, Bench, Cell, TransferStudy, condition_config, read_transfer
 

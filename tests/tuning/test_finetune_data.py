@@ -4,15 +4,16 @@ import json
 import re
 import string
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from langneuron_mi.text.sources import load_corpus
-from langneuron_mi.tuning.data import (NLI, PRESETS, Prompted, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real, load_nli, load_squad,
-                                         nli_rows, pad_rows, preset, prompt_rows, qa_prompt, qa_prompted, split_parallel, translate_prompt, translations)
 from langneuron_mi.models.loading import load_model
+from langneuron_mi.tuning.data import (NLI, PRESETS, QA, accuracy_items, answer_f1, answer_items, class_logits, exact_match, last_real,
+                                       load_nli, load_squad, nli_rows, preset, prompt_rows, qa_prompted, split_parallel,
+                                       translate_prompt, translations)
+from langneuron_mi.tuning.rows import pad_rows
 
 
 # the official evaluate-v1.1.py of SQuAD, its functions as published; an independent truth for ours
@@ -33,7 +34,8 @@ def _official_f1(prediction, ground_truth):
     return 2*precision*recall/(precision + recall)
 
 
-WORDS = st.lists(st.sampled_from(["the", "The", "a", "cat", "cats,", "an", "Ann", "...", "Đội", "黑豹队", "136 次", "l'eau", "“308”", "-", " "]), max_size=6).map(" ".join)
+WORD = st.sampled_from(["the", "The", "a", "cat", "cats,", "an", "Ann", "...", "Đội", "黑豹队", "136 次", "l'eau", "“308”", "-", " "])
+WORDS = st.lists(WORD, max_size=6).map(" ".join)
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,7 +59,8 @@ def test_finetune_data_head_reads_the_last_real_token(arch, side, tiny):
     rows[0]["input_ids"].append(tok.pad_token_id)  # the text may end with the very token that pads
     head = torch.randn(3, hf.config.hidden_size, generator=torch.Generator().manual_seed(0))
     batch = pad_rows(rows, tok.pad_token_id, side)
-    assert last_real(batch["attention_mask"]).tolist() == [len(r["input_ids"]) - 1 + (side == "left")*(batch["input_ids"].shape[1] - len(r["input_ids"])) for r in rows]
+    sizes, width = [len(r["input_ids"]) for r in rows], batch["input_ids"].shape[1]
+    assert last_real(batch["attention_mask"]).tolist() == ([width - 1]*3 if side == "left" else [n - 1 for n in sizes])
     got = class_logits(hf.base_model, head, **batch)
     for row, logits in zip(rows, got):
         ids = torch.tensor([row["input_ids"]])
@@ -77,10 +80,7 @@ def test_finetune_data_position_minus_one_is_a_pad(tiny):
     assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_finetune_data_pads_are_no_labels():
-    batch = pad_rows([dict(input_ids=[1, 2, 3], labels=[-100, 2, 3]), dict(input_ids=[4], labels=[4])], 0)
-    assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]] and batch["attention_mask"].sum() == 4
-    with pytest.raises(ValueError, match="has no pad token; set"): pad_rows([dict(input_ids=[1])], None)
+def test_finetune_data_a_row_of_pads_has_no_last_token():
     with pytest.raises(ValueError, match="without any real token"): last_real(torch.tensor([[1, 0], [0, 0]]))
 
 
@@ -88,7 +88,8 @@ def test_finetune_data_accuracy_against_a_loop(tiny):
     hf, tok = tiny("mistral")
     items = [NLI("a cat sleeps"[:i], "it rests", i % 3) for i in range(2, 10)]
     rows, head = nli_rows(items, tok), torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
-    with torch.no_grad(): want = [float((hf.model(torch.tensor([r["input_ids"]])).last_hidden_state[0, -1] @ head.T).argmax() == r["labels"]) for r in rows]
+    with torch.no_grad(): last = [hf.model(torch.tensor([r["input_ids"]])).last_hidden_state[0, -1] for r in rows]
+    want = [float((x @ head.T).argmax() == r["labels"]) for x, r in zip(last, rows)]
     model = load_model(hf, tokenizer=tok)
     assert accuracy_items(model, head, rows, batch_size=3).tolist() == want and 0 < sum(want) < len(want)
     with pytest.raises(ValueError, match="labels up to 2, and the head knows 2 classes"): accuracy_items(model, head[:2], rows)
@@ -106,7 +107,8 @@ def test_finetune_data_nli_errors(tmp_path, tiny):
 
 
 def test_finetune_data_nli_share_takes_the_first(tmp_path):
-    (tmp_path/"train.vi.jsonl").write_text("\n".join(json.dumps(dict(premise=f"p{i}", hypothesis="h", label=i % 3)) for i in range(8)), encoding="utf-8")
+    lines = [json.dumps(dict(premise=f"p{i}", hypothesis="h", label=i % 3)) for i in range(8)]
+    (tmp_path/"train.vi.jsonl").write_text("\n".join(lines), encoding="utf-8")
     got = load_nli(tmp_path, ["vi"], split="train", share=.25)
     assert [i.premise for i in got["vi"]] == ["p0", "p1"]
     assert len(load_nli(tmp_path, ["vi"], split="train", n=5)["vi"]) == 5
@@ -114,7 +116,8 @@ def test_finetune_data_nli_share_takes_the_first(tmp_path):
 
 def _squad_file(path, ids):
     qas = [dict(id=i, question=f"Q {i}?", answers=[dict(text="cat", answer_start=0)]) for i in ids]
-    path.write_text(json.dumps(dict(data=[dict(paragraphs=[dict(context="cat sat", qas=qas[:3]), dict(context="dog ran", qas=qas[3:])])])), encoding="utf-8")
+    paragraphs = [dict(context="cat sat", qas=qas[:3]), dict(context="dog ran", qas=qas[3:])]
+    path.write_text(json.dumps(dict(data=[dict(paragraphs=paragraphs)])), encoding="utf-8")
 
 
 def test_finetune_data_squad_split_is_parallel(tmp_path):
@@ -138,7 +141,8 @@ def test_finetune_data_only_the_answer_is_learned(tiny):
     row = prompt_rows(items, tok)[0]
     learned = [t for t in row["labels"] if t != -100]
     assert tok.decode(learned[:-1]) == " The cat" and learned[-1] == tok.eos_token_id
-    assert row["input_ids"][-len(learned):] == learned and tok.decode(row["input_ids"], skip_special_tokens=True) == items[0].prompt + " The cat"
+    assert row["input_ids"][-len(learned):] == learned
+    assert tok.decode(row["input_ids"], skip_special_tokens=True) == items[0].prompt + " The cat"
     with pytest.raises(ValueError, match="fits into 4 tokens"): prompt_rows(items, tok, length=4)
 
 
@@ -146,7 +150,8 @@ def test_finetune_data_answers_are_cut_at_the_line(tiny, monkeypatch):
     hf, tok = tiny("llama")
     model = load_model(hf, tokenizer=tok)
     from langneuron_mi.models.hooked import ModelView
-    monkeypatch.setattr(ModelView, "generate", lambda self, prompts, n, **kw: [" the Cat.\nQ: more" if "slept" in p else "\n" for p in prompts])
+    def says(self, prompts, n, **kw): return [" the Cat.\nQ: more" if "slept" in p else "\n" for p in prompts]
+    monkeypatch.setattr(ModelView, "generate", says)
     got = answer_items(model, [QA("1", "Who?", "The cat slept.", ("cat",)), QA("2", "Who?", "x", ("dog",))])
     assert got["em"].tolist() == [1, 0] and got["f1"].tolist() == [1, 0]
 

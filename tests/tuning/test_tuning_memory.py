@@ -5,11 +5,12 @@ from transformers import LlamaConfig, MistralConfig
 
 from langneuron_mi.tuning.neuron_lora import TuneConfig, attach
 from langneuron_mi.find.neurons import NeuronSet
-from langneuron_mi.testing.planted import tiny_model
+from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.tuning.memory import LiveBytes, dry_run_memory, meta_model, predict_memory
 
-LLAMA_8B = dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)
-NEMO = dict(num_hidden_layers=40, hidden_size=5120, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=131072)
+HEADS = dict(intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+LLAMA_8B = dict(**HEADS, num_hidden_layers=32, hidden_size=4096, vocab_size=128256)
+NEMO = dict(**HEADS, num_hidden_layers=40, hidden_size=5120, head_dim=128, vocab_size=131072)
 
 
 def first(n, shape): return NeuronSet([(l, i) for l in range(shape[0]) for i in range(n)], shape)
@@ -41,7 +42,9 @@ def test_tuning_memory_of_mistral_nemo_within_15_percent_of_the_dry_run():
     assert abs(said.total/dry.total - 1) < .15
 
 
-@pytest.mark.parametrize("extra", [dict(), dict(mlp="none"), dict(mlp="all"), dict(full_rank=True), dict(dtype="float32"), dict(optimizer="sgd"), dict(optimizer="adafactor"), dict(rank=64)], ids=str)
+@pytest.mark.parametrize("extra", [
+    dict(), dict(mlp="none"), dict(mlp="all"), dict(full_rank=True), dict(dtype="float32"), dict(optimizer="sgd"),
+    dict(optimizer="adafactor"), dict(rank=64)], ids=str)
 def test_tuning_memory_of_other_settings(extra):
     config = TuneConfig(**dict(dtype="bfloat16", batch_size=8) | extra)
     neurons = first(143, (2, 14336)) if config.mlp == "neurons" else None
