@@ -1,27 +1,71 @@
-"README's map: every room once, and no room that leans on one below it."
+"The house: floors that lean only on those above them, lazily or not; README's map; names at the door."
 import ast
+import importlib.util
 import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
+import langneuron_mi
+
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = re.findall(r"^\| \[(\w+)\]\(nbs/(\d+_\w+)\.ipynb\)", (ROOT/"README.md").read_text(encoding="utf-8"), re.M)
+spec = importlib.util.spec_from_file_location("house", ROOT/"tools/map.py")
+house = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(house)
+NOTEBOOKS = sorted(p.relative_to(ROOT/"nbs").as_posix() for p in (ROOT/"nbs").rglob("[0-9]*_*.ipynb")
+                   if p.parent.name not in ("tutorials", "how_to", "explanations", ".ipynb_checkpoints"))
 
 
-def leans_on(module: str) -> set[str]:
-    "Rooms that a module imports when it is imported; what a function imports when it is called (a figure, an engine) is left out."
-    tree = ast.parse((ROOT/"langneuron_mi"/f"{module}.py").read_text(encoding="utf-8"))
-    names = [n.module if n.level == 0 else f"langneuron_mi.{n.module}" for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
-    return {n.split(".")[1] for n in names if n.startswith("langneuron_mi.")}
+def test_map_no_floor_leans_on_one_below_it():
+    graph = house.edges()
+    assert house.upward(graph) == []
+    assert "models.view" in graph["recording.recorder"] and "core.engine" in graph["recording.record"]
 
 
-def test_map_has_every_room_once():
-    assert sorted(file for _, file in ROOMS) == sorted(f.stem for f in (ROOT/"nbs").glob("[0-9]*.ipynb"))
-    assert [file.split("_", 1)[1] for _, file in ROOMS] == [name for name, _ in ROOMS]
+def test_map_only_a_study_and_its_report_stand_in_a_circle():
+    assert house.circles(house.edges()) == [["studies.comparison", "studies.report"]]
 
 
-def test_map_rooms_import_only_from_rooms_above():
-    above, below = set(), {}
-    for name, _ in ROOMS:
-        if wrong := leans_on(name) - above: below[name] = wrong
-        above.add(name)
-    assert not below and leans_on("recording") > {"models", "windows"}
+def test_map_sees_every_kind_of_import():
+    known = {"a.x", "b.y", "b.z", "a.w"}
+    text = ("from ..b.y import f\ndef g():\n    from langneuron_mi.b import z\n    import importlib\n"
+            "    return importlib.import_module('langneuron_mi.a.w')\n")
+    assert house.imports("a.x", text, known) == {"b.y", "b.z", "a.w"}
+    assert house.upward({"text.a": {"models.b"}, "models.b": {"text.a"}}) == [("text.a", "models.b")]
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def test_map_is_on_readme():
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\(nbs/((?:[a-z_]+/)?\d+_\w+\.ipynb)\)", text)
+    assert sorted(n for n in linked if not n.startswith(("tutorials/", "how_to/", "explanations/"))) == NOTEBOOKS
+    assert house.mermaid(house.edges()) in text
+
+
+def test_map_numbers_are_unique_in_a_folder():
+    twice = {k: n for k, n in Counter((p.rpartition("/")[0], p.rpartition("/")[2].split("_")[0]) for p in NOTEBOOKS).items() if n > 1}
+    assert not twice
+
+
+def test_map_no_name_of_the_door_is_a_module_beside_it():
+    beside = {p.stem for p in (ROOT/"langneuron_mi").iterdir()} - {"__init__", "__pycache__", "_modidx"}
+    assert not beside & set(langneuron_mi.__all__)
+
+
+def test_map_only_the_door_imports_by_name():
+    for path in (ROOT/"langneuron_mi").rglob("*.py"):
+        if path == ROOT/"langneuron_mi/__init__.py" or path.name == "_modidx.py": continue
+        names = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)}
+        assert not names & {"import_module", "locals"} or path.name == "task_data.py", path
+
+
+def test_map_links_stay_inside_the_tree():
+    rows = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    links = [r.split("\t")[1] for r in rows if r.startswith("120000")]
+    assert all((ROOT/f).resolve().is_relative_to(ROOT) for f in links)
+
+
+def test_map_functions_come_through_the_door_in_any_order():
+    code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\nassert callable(sharing) and len(languages())"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

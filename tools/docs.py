@@ -7,8 +7,10 @@ from shutil import copy2, rmtree
 
 import nbformat
 import yaml
+from map import FLOORS
 
 ROOT = Path(__file__).resolve().parent.parent
+
 SECTIONS = {"tutorials": "Tutorials", "how_to": "How-to guides", "explanations": "Explanations"}
 
 
@@ -51,13 +53,9 @@ def _renamed(item, names: dict[str, str]):
     return item
 
 
-def reference(modules: list[str], names: dict[str, str]) -> list[dict]:
-    "The modules under the headings of README's map, in its order; one that the map forgot stands at the end."
-    cell = next(c for c in nbformat.read(ROOT/"nbs/index.ipynb", as_version=4).cells if c.source.startswith("## The map"))
-    groups = [(title, [_renamed(f, names) for f in re.findall(r"^\| \[\w+\]\(([\w.]+)\)", part, re.M)])
-              for title, part in re.findall(r"^### (.+)\n((?:(?!### ).*\n?)*)", cell.source, re.M)]
-    forgotten = [m for m in modules if not any(m in pages for _, pages in groups)]
-    return [{"section": title, "contents": pages} for title, pages in groups if pages] + forgotten
+def reference(folders: dict[str, list], pages: list) -> list[dict]:
+    "The rooms under their floors, in the order of the house; pages outside the floors stand at the end."
+    return [{"section": f, "contents": folders[f]} for f in FLOORS if folders.get(f)] + pages
 
 
 def order_sidebar(proc: Path, names: dict[str, str]) -> None:
@@ -69,7 +67,7 @@ def order_sidebar(proc: Path, names: dict[str, str]) -> None:
     pages = [i for i in contents if isinstance(i, str)]
     home, modules = [p for p in pages if Path(p).stem == "index"], [p for p in pages if Path(p).stem != "index"]
     sections = [{"section": title, "contents": folders[d]} for d, title in SECTIONS.items() if folders.get(d)]
-    out = [*home, *sections, {"section": "Reference", "contents": reference(modules, names)}]
+    out = [*home, *sections, {"section": "Reference", "contents": reference(folders, modules)}]
     path.write_text(yaml.safe_dump({"website": {"sidebar": {"contents": out}}}, sort_keys=False), encoding="utf-8")
 
 
