@@ -36,7 +36,7 @@ class Work:
     unit: str = "part" # of the bar
     label: Callable[..., str] | None = None # part -> what the bar says beside it
     before: int = 0 # units that an earlier call has done
-    keep: "Keep | None" = None # how results are kept, where a folder is given
+    keep: object = None # a `Keep`: how results are kept, where a folder is given
 
 # %% ../../nbs/core/04_engine.ipynb #7e6b9d51
 @dataclass(frozen=True)
