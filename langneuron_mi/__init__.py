@@ -39,8 +39,8 @@ _names = {
     "studies.sharing_study": ["SharingStudy"],
     "show.cards": ["browse", "neuron_card", "neuron_cards", "neuron_table"],
     "studies.amplification": ["AmplificationStudy"],
-    "studies.transfer_bench": ["TransferStudy"],
-    "studies.report": ["write_report"],
+    "studies.transfer": ["TransferStudy"],
+    "studies.comparison_report": ["write_report"],
     "testing.planted": ["planted_model"],
 }
 _where = {name: module for module, names in _names.items() for name in names}

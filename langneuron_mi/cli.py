@@ -47,7 +47,6 @@ def compare(
 
 def _run_experiment(experiment) -> str:
     "Run, report, and say in a few sentences what came out."
-    import langneuron_mi.studies.report  # gives results their sentences
     result = experiment.run()
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
@@ -271,7 +270,7 @@ def tune(
     langs = _langs(tune_langs)
     try: numbers = tuple(int(n) for n in seeds.split(",") if n.strip())
     except ValueError: raise ValueError(f"--seeds takes whole numbers with commas, got {seeds!r}") from None
-    from langneuron_mi.studies.transfer_bench import read_transfer
+    from langneuron_mi.studies.transfer import read_transfer
     given = dict(out=out, model=model, task=task, tune_langs=tuple(langs), conditions=tuple(c.strip() for c in conditions.split(",") if c.strip()), seeds=numbers)
     lines = []
     for s in read_transfer(study, **{k: v for k, v in given.items() if v}): lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]

@@ -405,10 +405,3 @@ def test_sharing_and_category_effect_plot(planted):
     effect = category_effect(model, texts, golds, controls=1, progress=False)
     assert [t.name for t in effect.plot().data] == list(effect.categories)
     assert list(effect.plot(["all"]).layout.yaxis.ticktext) == ["all languages"]
-
-
-def test_sharing_is_one_name_for_the_room_and_the_function():
-    code = "from langneuron_mi import *; assert callable(sharing); import langneuron_mi.share.sharing as room; from langneuron_mi import sharing as s; assert callable(s); import inspect; print(list(inspect.signature(room).parameters)[:2])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip() == "['model', 'prompts']"

@@ -60,7 +60,7 @@ def test_amplification_preset_plumbing_on_tiny_models(place, capsys):
 
 def test_amplification_file_errors(tmp_path):
     (tmp_path/"a.toml").write_text('modell = "x"', encoding="utf-8")
-    with pytest.raises(ValueError, match="no option 'modell'"): read_study(tmp_path/"a.toml")
+    with pytest.raises(ValueError, match="a.toml has no 'modell'; did you mean 'model'"): read_study(tmp_path/"a.toml")
     with pytest.raises(ValueError, match="no study file"): read_study(tmp_path/"none.toml")
     with pytest.raises(ValueError, match="no method"): AmplificationStudy(method="magic")
     with pytest.raises(ValueError, match="at least two languages"): AmplificationStudy(langs=("en",))

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langneuron_mi.studies.comparison import MEASURES, Experiment, read_experiment, selectivities, shared_sets
+from langneuron_mi.studies.comparison_result import MEASURES, selectivities
+from langneuron_mi.studies.comparison import Experiment, read_experiment, shared_sets
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.measure.probes import Fact, Probes
-from langneuron_mi.studies.report import write_report
+from langneuron_mi.studies.comparison_report import write_report
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
 
@@ -121,9 +122,9 @@ def test_comparison_second_run_never_runs_the_model(toy):
 
 @pytest.mark.parametrize("change, expected", [
     (dict(new_tokens=3), {"generations": 1 + 2*3}),
-    (dict(boost=2.), {"rows": 2, "answers": 2}),
-    (dict(at_least=.9), {"rows": 4, "answers": 4}),  # all-shared and its control, off and up
-    (dict(held_out_tokens=42), {"rows": 1 + 6*3 + 8}),
+    (dict(boost=2.), {"rows": 2*3, "answers": 2}),  # a row is a cell for each language
+    (dict(at_least=.9), {"rows": 4*3, "answers": 4}),  # all-shared and its control, off and up
+    (dict(held_out_tokens=42), {"rows": 3 + 2*3*3 + 4*3*2 + 8*3}),  # none, ablations, amplifications in two languages, shared sets
     (dict(bases=("fr",)), {"steering": 2 + 2*2*2}),
     (dict(facts=2), {"answers": 1 + 6*3 + 8, "steering": 2 + 2*2*2}),
 ], ids=lambda x: next(iter(x), "nothing") if isinstance(x, dict) else None)

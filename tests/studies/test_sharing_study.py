@@ -10,7 +10,8 @@ import pytest
 from langneuron_mi.cli import main
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.share.sharing import sharing
-from langneuron_mi.studies.sharing_study import SharingStudy, parallel_prompts, read_sharing
+from langneuron_mi.studies.sharing_study import SharingStudy, read_sharing
+from langneuron_mi.studies.parallel_prompts import parallel_prompts
 from langneuron_mi.testing.tiny import tiny_model
 
 PROMPTS = {"en": ["ab cd", "e", "fgh"], "de": ["xy z", "wv", "u"], "zh": ["中", "文字", "我x"]}
@@ -45,7 +46,7 @@ def test_sharing_study_from_json_writes_table_and_figure(bloom, tmp_path, capsys
 def test_sharing_study_preset_runs_on_tiny_bloom(bloom, tmp_path, capsys):
     preset = Path(__file__).parents[2] / "experiments/sharing.toml"
     rows = lambda lang, revision: [dict(premise=f"{lang} a", hypothesis=f"{lang} b", label=i % 3) for i in range(4)]
-    with patch("langneuron_mi.studies.sharing_study._xnli_rows", rows):
+    with patch("langneuron_mi.studies.parallel_prompts._xnli_rows", rows):
         code = main(["share", str(preset), "--model", str(bloom / "model"), "--out", str(tmp_path), "--items", "2", "--effects", "1", "--top-k", "20"])
     assert code == 0, capsys.readouterr().err
     t = pd.read_csv(tmp_path / "tables/categories.csv")
@@ -113,7 +114,7 @@ def test_sharing_study_command_line_errors(capsys, argv, words):
 
 def test_sharing_study_toml_is_checked(tmp_path):
     (tmp_path / "s.toml").write_text('model = "x"\nthetas = [0]\n')
-    with pytest.raises(ValueError, match="no option 'thetas'"): read_sharing(tmp_path / "s.toml")
+    with pytest.raises(ValueError, match="s.toml has no 'thetas'; did you mean 'theta'"): read_sharing(tmp_path / "s.toml")
     (tmp_path / "s.toml").write_text('models = ["a/x", "y"]\nitems = 0\nlangs = ["en", "German"]\nout = "o"\n')
     a, b = read_sharing(tmp_path / "s.toml")
     assert (a.items, a.langs, a.out, b.out) == (None, ("en", "de"), "o/x", "o/y")

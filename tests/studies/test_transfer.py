@@ -17,8 +17,10 @@ from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.core.statistics import bootstrap_ratio
 from langneuron_mi.tuning.test_time import TestTime, TokenValues, test_time as run_test_time, token_values
 from langneuron_mi.testing.tiny import tiny_model
-from langneuron_mi.studies.transfer import TransferResult, seed_interval
-from langneuron_mi.studies.transfer_bench import CONDITIONS, Bench, Cell, TransferStudy, condition_config, read_transfer
+from langneuron_mi.studies.transfer_result import TransferResult, seed_interval
+from langneuron_mi.studies.transfer_plan import CONDITIONS, Cell, condition_config
+from langneuron_mi.studies.transfer_bench import Bench
+from langneuron_mi.studies.transfer import TransferStudy, read_transfer
 
 WORDS = dict(en="the cat sat on a red mat by old house near one lake".split(), vi="con mèo ngồi trên tấm thảm đỏ cạnh ngôi nhà cũ".split(), hi="बिल्ली लाल चटाई पर पुराने घर के पास बैठी".split(),
              ur="بلی سرخ چٹائی پر پرانے گھر کے پاس بیٹھی".split(), zh=list("猫坐在旧房子旁边的红垫子上看湖"))
@@ -198,7 +200,7 @@ def test_transfer_result_survives_the_disk(base, tmp_path):
     (dict(conditions=("mine",)), "no condition 'mine'"), (dict(task="qa"), "no task 'qa'"), (dict(tune_langs=()), "names no language"), (dict(tune_langs=("zh",)), "tune_langs names zh, which is not among langs"),
     (dict(pivot="zh", conditions=("union",)), "pivot names zh"), (dict(task="xnli"), "xnli needs its data"), (dict(test_on="full", conditions=("own",)), "not among the conditions"),
     (dict(task="xnli", task_data="x", test_values=("zero",)), "has no head for xnli"), (dict(test_values=("median",)), "no value 'median'"), (dict(method="magic"), "no method"), (dict(method_options={"topp": 1}), "no option topp"),
-    (dict(window=1), "window must be 2"), (dict(held_out=1.), "held_out is a share"), (dict(tuning={"mlp": "all"}), "conditions and seeds do"), (dict(tuning={"rnk": 1}), "no option rnk"), (dict(tuning={"rank": 0}), "rank=0"),
+    (dict(window=1), "window must be 2"), (dict(held_out=1.), "held_out is a share"), (dict(tuning={"mlp": "all"}), "conditions and seeds do"), (dict(tuning={"rnk": 1}), "tuning has no 'rnk'; did you mean 'rank'"), (dict(tuning={"rank": 0}), "rank=0"),
     (dict(preset="nli"), "no preset"), (dict(langs=("vi", "vi")), "at least two languages")])
 def test_transfer_bad_studies_fail_at_once(tmp_path, bad, why):
     with pytest.raises(ValueError, match=why): TransferStudy(**dict(langs=("en", "vi"), tune_langs=("vi",)) | bad)
@@ -279,7 +281,7 @@ def test_transfer_command_errors(tmp_path, capsys):
     assert main(["tune", "experiments/no_transfer.toml", "--seeds", "one"]) == 2
     assert main(["tune", "experiments/no_transfer.toml", "--tune_langs", "xxq"]) == 2
     err = capsys.readouterr().err
-    assert "no study file" in err and "no option 'tune_lang'" in err and "--seeds" in err and "no language 'xxq'" in err and err.count("\n") == 4
+    assert "no study file" in err and "has no 'tune_lang'; did you mean 'tune_langs'" in err and "--seeds" in err and "no language 'xxq'" in err and err.count("\n") == 4
 
 
 def test_transfer_classifier_of_the_study_is_the_trained_one(tmp_path, place):
