@@ -38,7 +38,7 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
 @pytest.mark.parametrize("argv, words", [
     (["recrod"], "did you mean 'record'"),
     (["demo", "--langs", "en,ger"], "did you mean"),
-    (["demo", "--tokens", "many"], "invalid"),
+    (["demo", "--tokens", "many"], "--tokens is 'many'; give int"),
     (["demo", "--langs", "en de"], "no language 'en de'"),
     (["identify", "x", "neurons.csv"], ".safetensors"),
     (["record", "gemma-3-270m", "bible", "en,ger", "x"], "no language 'ger'"),
@@ -46,11 +46,15 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
     (["identify", "/no/such/file", "x.safetensors"], "/no/such/file"),
     (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
     (["compare", "/no/such.toml"], "no experiment file /no/such.toml; give a TOML file"),
-    (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "--batch_size 0"),
-    (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "--shard_size 0"),
-    (["record", "./no_model", "bible", "en", "x", "--tokens=-5"], "0 for all there is"),
+    (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "batch_size=0: give 1 or more windows"),
+    (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "shard_size=0: give 1 or more windows"),
+    (["record", "./no_model", "bible", "en", "x", "--tokens=-5"], "tokens=-5: give 1 or more"),
     (["record", "./no_model", "bible", "en", "x", "--layout", "foo"], "allowed are 'packed' and 'texts'"),
     (["record", "./no_model", "bible", "en", "x", "--workers", "2"], "add --engine ray"),
+    (["record", "./no_model", "bible", "en", "x", "--batchsize", "2"], "did you mean 'batch_size'"),
+    (["identify", "x", "x.safetensors", "--n", "5"], "identify has no 'n'; it has bar, best"),
+    (["steer", "demo", "--factor", "x3"], "did you mean 'factors'"),
+    (["eval", "m", "xcopa_it", "x", "--controls", "2"], "--controls is of a matrix"),
     (["record", "./no_model", "bible", "en", "x"], "no folder ./no_model; give a folder with config.json"),
     (["info", __file__], "is no safetensors file; give a file that this package wrote"),
     (["report", "/no/such"], "/no/such"),
@@ -111,3 +115,17 @@ def test_cli_sigterm_ends_as_ctrl_c_does(monkeypatch, capsys):
     monkeypatch.setitem(commands, "info", lambda artifact: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     assert main(["info", "x"]) == 130 and capsys.readouterr().err == "langneuron info: stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_cli_options_are_the_fields_and_read_their_own_defaults():
+    from dataclasses import MISSING, fields
+    from langneuron_mi.core.shell import options, read_command, readable
+    from langneuron_mi.core.settings import annotations
+    for name, (concern, needed) in dict(demo=("fields", []), steer=("fields", ["demo"]), share=("fields", ["cldr"]), tune=("fields", ["x.toml"]),
+                                        perplexity=("measured", list("abcd")), record=("recording", list("abcd"))).items():
+        (cls,) = commands[name].concerns[concern]()
+        defaults = {f.name: f.default for f in fields(cls) if readable(annotations(cls)[f.name]) and f.default is not MISSING}
+        assert set(defaults) == set(options(cls)) and len(defaults) > 3
+        words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in defaults.items() if k not in ("out", "prompts")}
+        told = read_command(commands[name], [*needed, *(f"--{k}={w}" for k, w in words.items())])[concern]
+        assert told == {k: defaults[k] for k in words}
