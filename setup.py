@@ -24,7 +24,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["langneuron_mi", "langneuron_mi.*"]),
-    include_package_data=True,
+    package_data={"langneuron_mi": ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("requirements"),
     extras_require=extras,

@@ -1,6 +1,7 @@
 "The house: floors that lean only on those above them, lazily or not; README's map; names at the door."
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_map_no_floor_leans_on_one_below_it():
 
 
 def test_map_no_rooms_stand_in_a_circle():
-    assert house.circles(house.edges()) == []
+    assert house.circles(house.edges()) == [] == house.circles(house.benchmarks())
+    assert "common" in house.benchmarks()["peers"]
 
 
 def test_map_sees_every_kind_of_import():
@@ -36,11 +38,12 @@ def test_map_sees_every_kind_of_import():
     assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
 
 
-def test_map_is_on_readme():
-    text = (ROOT/"README.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(nbs/((?:[a-z_]+/)?\d+_\w+\.ipynb)\)", text)
-    assert sorted(n for n in linked if not n.startswith(("tutorials/", "how_to/", "explanations/"))) == NOTEBOOKS
-    assert house.mermaid(house.edges()) in text
+def test_map_is_on_readme_and_lists_every_room():
+    assert house.mermaid(house.edges()) in (ROOT/"README.md").read_text(encoding="utf-8")
+    page = json.loads((ROOT/"nbs/explanations/the_house.ipynb").read_text(encoding="utf-8"))
+    text = "\n".join("".join(c["source"]) for c in page["cells"])
+    assert house.listed() in text, "run python tools/map.py --write"
+    assert sorted(re.findall(r"\]\(\.\./([a-z_/]*\d+_\w+\.ipynb)\) \|", text)) == NOTEBOOKS
 
 
 def test_map_numbers_are_unique_in_a_folder():
