@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,6 @@ LENGTH, BATCH, WINDOWS = 256, 8, 16
 GROUPS = ("counts", "moments", "quantiles", "text_means", "impact")
 
 from common import best_of, corpus, peak_mb  # noqa: E402
-from curves import compiled, shapes, tokens_gemma, tokens_tiny, windows  # noqa: E402
-from peers import generation_peers, identification_peer, recording_peers  # noqa: E402
 
 
 def child(*args: str) -> dict:

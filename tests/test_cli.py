@@ -20,7 +20,8 @@ def run(*args):
 
 
 def test_cli_help_imports_nothing_heavy():
-    code = "import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({'torch','transformers','transformer_lens','pandas','plotly'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly"}
+    code = f"import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "usage: langneuron" in out and out.strip().endswith("[]")
     for name in commands:
@@ -86,17 +87,47 @@ def test_cli_the_whole_way(tmp_path, capsys):
     found = LanguageNeurons.load(tmp_path / "neurons.safetensors")
     assert all(r.n_neurons == (0 if r.method == "none" else len(found[r.neurons_of])) for r in df.itertuples())
     assert f"{len(df)} rows" in capsys.readouterr().out
-    assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]) == 2
+    assert (
+        main(
+            ["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]
+        )
+        == 2
+    )
     assert "the same --held_out and --seed as in record" in capsys.readouterr().err
-    assert main(["eval", model, "xcopa_it", str(tmp_path / "eval"), "--neurons", str(tmp_path / "neurons.safetensors"), "--lang", "fr", "--edit", "zap"]) == 2
+    assert (
+        main(
+            [
+                "eval",
+                model,
+                "xcopa_it",
+                str(tmp_path / "eval"),
+                "--neurons",
+                str(tmp_path / "neurons.safetensors"),
+                "--lang",
+                "fr",
+                "--edit",
+                "zap",
+            ]
+        )
+        == 2
+    )
     assert "'zap'" in capsys.readouterr().err  # before tasks and model are loaded
     assert main(["info", str(tmp_path / "neurons.safetensors")]) == 0
     assert '"kind"' in capsys.readouterr().out
-    config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
+    config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\n'
+    config += f'held_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
     (tmp_path / "e.toml").write_text(config)
     assert main(["compare", str(tmp_path / "e.toml")]) == 0
     assert (tmp_path / "exp/report.html").exists()
-    assert list(pd.read_csv(tmp_path / "exp/tables/perplexity.csv").columns) == ["method", "neurons_of", "text_lang", "ratio", "low", "high", "n_tokens"]
+    assert list(pd.read_csv(tmp_path / "exp/tables/perplexity.csv").columns) == [
+        "method",
+        "neurons_of",
+        "text_lang",
+        "ratio",
+        "low",
+        "high",
+        "n_tokens",
+    ]
     assert main(["report", str(tmp_path / "exp")]) == 0
     (tmp_path / "e.toml").write_text(config.replace("tokens = 400", "tokenz = 400"))
     assert main(["compare", str(tmp_path / "e.toml")]) == 2
@@ -121,8 +152,15 @@ def test_cli_options_are_the_fields_and_read_their_own_defaults():
     from dataclasses import MISSING, fields
     from langneuron_mi.core.shell import options, read_command, readable
     from langneuron_mi.core.settings import annotations
-    for name, (concern, needed) in dict(demo=("fields", []), steer=("fields", ["demo"]), share=("fields", ["cldr"]), tune=("fields", ["x.toml"]),
-                                        perplexity=("measured", list("abcd")), record=("recording", list("abcd"))).items():
+
+    for name, (concern, needed) in dict(
+        demo=("fields", []),
+        steer=("fields", ["demo"]),
+        share=("fields", ["cldr"]),
+        tune=("fields", ["x.toml"]),
+        perplexity=("measured", list("abcd")),
+        record=("recording", list("abcd")),
+    ).items():
         (cls,) = commands[name].concerns[concern]()
         defaults = {f.name: f.default for f in fields(cls) if readable(annotations(cls)[f.name]) and f.default is not MISSING}
         assert set(defaults) == set(options(cls)) and len(defaults) > 3

@@ -57,9 +57,14 @@ def test_map_no_name_of_the_door_is_a_module_beside_it():
 
 
 def test_map_only_the_door_imports_by_name():
-    for path in (ROOT/"langneuron_mi").rglob("*.py"):
-        if path == ROOT/"langneuron_mi/__init__.py" or path.name == "_modidx.py": continue
-        names = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)}
+    for path in (ROOT / "langneuron_mi").rglob("*.py"):
+        if path == ROOT / "langneuron_mi/__init__.py" or path.name == "_modidx.py":
+            continue
+        names = {
+            getattr(n.func, "attr", getattr(n.func, "id", ""))
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call)
+        }
         assert not names & {"import_module", "locals"} or path.name == "task_data.py", path
 
 
@@ -70,5 +75,6 @@ def test_map_links_stay_inside_the_tree():
 
 
 def test_map_functions_come_through_the_door_in_any_order():
-    code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\nassert callable(sharing) and len(languages())"
+    code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\n"
+    code += "assert callable(sharing) and len(languages())"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

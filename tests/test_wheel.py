@@ -28,11 +28,17 @@ def test_wheel_runs_the_readme_outside_the_checkout(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path/"env", with_pip=False)
-    python = tmp_path/"env/bin/python"
-    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip())
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env/bin/python"
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
-    (site/"what_it_needs.pth").write_text(sysconfig.get_path("purelib"))  # torch and the others; a .pth inside that folder, as of the checkout, is not read
+    (site / "what_it_needs.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # torch and the others; a .pth inside that folder, as of the checkout, is not read
     code = ten_lines() + "\nimport langneuron_mi; print(langneuron_mi.__file__, (matrix.to_df().ratio > 3).any())"
     ran = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
