@@ -39,7 +39,7 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
 @pytest.mark.parametrize("argv, words", [
     (["recrod"], "did you mean 'record'"),
     (["demo", "--langs", "en,ger"], "did you mean"),
-    (["demo", "--tokens", "many"], "--tokens is 'many'; give int"),
+    (["demo", "--tokens", "many"], "--tokens: got 'many'; give a whole number"),
     (["demo", "--langs", "en de"], "no language 'en de'"),
     (["identify", "x", "neurons.csv"], ".safetensors"),
     (["record", "gemma-3-270m", "bible", "en,ger", "x"], "no language 'ger'"),

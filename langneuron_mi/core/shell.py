@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['readable', 'Option', 'comments', 'options', 'passes', 'read_command', 'fail', 'in_a_shell']
 
-# %% ../../nbs/core/06_shell.ipynb #b29ce6dc
+# %% ../../nbs/core/06_shell.ipynb #1ae6598a
 import argparse
 import inspect
 import signal
@@ -25,7 +25,7 @@ from fastcore.docments import docments
 
 from .settings import parse, unknown
 
-# %% ../../nbs/core/06_shell.ipynb #ebb13759
+# %% ../../nbs/core/06_shell.ipynb #2ba3ef99
 _WORDS = (str, int, float, bool, types.NoneType) # what a word of a shell can be
 
 def _member(kind) -> object:
@@ -42,7 +42,7 @@ def readable(annotation, # of an argument or a field
     kinds = [k for k in kinds if k is not None]
     return reduce(or_, kinds) if set(kinds) - {types.NoneType} else None
 
-# %% ../../nbs/core/06_shell.ipynb #dc0bba51
+# %% ../../nbs/core/06_shell.ipynb #0a22cefb
 @dataclass(frozen=True)
 class Option:
     "One option of a command."
@@ -82,7 +82,7 @@ def options(*of: Callable, # functions, or classes
     if len(of) == 1: return found
     return {n: replace(o, comment=f"{', '.join(o.of)}: {o.comment}") for n, o in found.items()}
 
-# %% ../../nbs/core/06_shell.ipynb #7ea3cfe1
+# %% ../../nbs/core/06_shell.ipynb #8ed9c405
 def passes(**concerns: Callable[[], Sequence[Callable]], # -> functions or classes, imported only when the command is used
           ) -> Callable:
     "Let a command take the arguments of what it calls as options: each concern arrives as a dict of those that were given."
@@ -102,11 +102,18 @@ def _words(command: Callable, but: Iterable[str]) -> list[tuple[str, bool, Optio
         taken |= set(found)
     return rows
 
+_SAID = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+
+def _said(kind) -> str:
+    "What a type is called in a sentence."
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return " or ".join(_SAID.get(k) or f"{_SAID[typing.get_args(k)[0]]} or several, with commas" for k in members)
+
 def _typed(option: Option) -> Callable:
     "A reader whose error argparse tells as it is."
     def read(text: str):
-        try: return parse(text, option.kind, f"--{option.name}")
-        except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
+        try: return parse(text, option.kind)
+        except ValueError: raise argparse.ArgumentTypeError(f"got {text!r}; give {_said(option.kind)}") from None
     return read
 
 def read_command(command: Callable, # its own arguments are words, its concerns options
@@ -133,7 +140,7 @@ def read_command(command: Callable, # its own arguments are words, its concerns 
         if hasattr(given, o.name): (out[where] if where else out)[o.name] = getattr(given, o.name)
     return out
 
-# %% ../../nbs/core/06_shell.ipynb #21f0e472
+# %% ../../nbs/core/06_shell.ipynb #1b01c90c
 def fail(where: str, # the command
          message: object, # a text or an exception
          code: int = 2, # exit code

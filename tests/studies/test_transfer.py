@@ -412,13 +412,13 @@ def test_transfer_command_errors(tmp_path, capsys):
     assert main(["tune", str(tmp_path/"none.toml")]) == 2
     (tmp_path/"a.toml").write_text('tune_lang = "vi"', encoding="utf-8")
     assert main(["tune", str(tmp_path/"a.toml")]) == 2
-    assert main(["tune", "experiments/no_transfer.toml", "--seeds", "one"]) == 2
+    with pytest.raises(SystemExit): main(["tune", "experiments/no_transfer.toml", "--seeds", "one"])
     assert main(["tune", "experiments/no_transfer.toml", "--tune_langs", "xxq"]) == 2
     err = capsys.readouterr().err
     assert (
         "no study file" in err
         and "has no 'tune_lang'; did you mean 'tune_langs'" in err
-        and "--seeds" in err
+        and "--seeds: got 'one'; give a whole number or several, with commas" in err
         and "no language 'xxq'" in err
         and err.count("\n") == 4
     )
