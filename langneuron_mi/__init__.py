@@ -26,7 +26,7 @@ _names = {
     "measure.tasks": ["TaskResults", "evaluate"],
     "measure.task_matrix": ["TaskMatrix", "evaluate_matrix"],
     "scale.ray": ["RayEngine"],
-    "scale.workers": ["Recipe"],
+    "scale.recipes": ["Recipe"],
     "share.sharing": ["Sharing", "category_effect", "sharing"],
     "share.attribution": ["category_contribution", "contribution", "effective_score", "gradient_x_activation", "integrated_gradients"],
     "tuning.neuron_lora": ["TuneConfig"],

@@ -94,7 +94,7 @@ def _here(model: str, revision: str) -> dict:
 def _on_ray(model: str, revision: str, cluster: dict) -> dict:
     "A cluster, and a model that only its workers load."
     from langneuron_mi.scale.ray import RayEngine
-    from langneuron_mi.scale.workers import Recipe
+    from langneuron_mi.scale.recipes import Recipe
     return dict(model=Recipe(model, options=dict(revision=revision) if revision else {}), engine=RayEngine(**cluster))
 
 # %% ../nbs/90_cli.ipynb #dee527ab
