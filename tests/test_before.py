@@ -8,7 +8,7 @@ import torch
 
 from langneuron_mi import ActivationStats, LanguageNeurons, PerplexityMatrix, lape, load_corpus, load_model, perplexity_matrix, planted_model
 from langneuron_mi import random_neurons, record
-from langneuron_mi.share.sharing import CategoryEffect
+from langneuron_mi.share.effect import CategoryEffect
 
 BEFORE = Path(__file__).parent/"data"/"before"
 PRINTS = json.loads((BEFORE/"prints.json").read_text())
