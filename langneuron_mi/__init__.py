@@ -21,7 +21,7 @@ _names = {
     "change.interventions": ["Intervention", "ablate", "add", "amplify", "set_to", "steer"],
     "measure.perplexity": ["PerplexityMatrix", "perplexity_matrix"],
     "change.generation": ["generate_texts"],
-    "measure.probes": ["load_probes"],
+    "measure.probe_sources": ["load_probes"],
     "measure.steering": ["Steering", "lss"],
     "measure.tasks": ["TaskResults", "evaluate"],
     "measure.task_matrix": ["TaskMatrix", "evaluate_matrix"],

@@ -19,7 +19,8 @@ from ..core.artifacts import fingerprint, provenance
 from ..core.settings import unknown
 from ..figures.look import neurons_per_layer
 from ..find.neurons import LanguageNeurons
-from ..measure.probes import Probes, load_probes
+from ..measure.probes import Probes
+from ..measure.probe_sources import load_probes
 from ..measure.steering import Steering, _factors, _intervention, factor, lss
 from ..measure.task_matrix import evaluate_matrix
 from ..models.loading import load_model

@@ -10,7 +10,8 @@ from langneuron_mi.change.interventions import Current, Intervention, ablate, ad
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
-from langneuron_mi.measure.probes import Fact, Probes
+from langneuron_mi.measure.facts import Fact
+from langneuron_mi.measure.probes import Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.measure.steering import Steering, factor, layer_sweep, log_probs, lss, tokenize
 from langneuron_mi.testing.planted import planted_model
