@@ -13,7 +13,10 @@ from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.facts import Fact
 from langneuron_mi.measure.probes import Probes
 from langneuron_mi.recording.record import record
-from langneuron_mi.measure.steering import Steering, factor, layer_sweep, log_probs, lss, tokenize
+from langneuron_mi.measure.steering_result import Steering
+from langneuron_mi.measure.factors import factor
+from langneuron_mi.measure.steering import layer_sweep, lss
+from langneuron_mi.measure.continuations import log_probs, tokenize
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
 
