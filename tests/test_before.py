@@ -17,7 +17,7 @@ from langneuron_mi import (
     planted_model,
 )
 from langneuron_mi import random_neurons, record
-from langneuron_mi.share.sharing import CategoryEffect
+from langneuron_mi.share.effect import CategoryEffect
 
 BEFORE = Path(__file__).parent/"data"/"before"
 PRINTS = json.loads((BEFORE/"prints.json").read_text())

@@ -78,7 +78,8 @@ def to_df(self: PerplexityMatrix, n_boot: int = 2000, seed: int = 0) -> pd.DataF
         n = self.n_tokens[lang]
         r = bootstrap_ratio(nll, self.nll["none", "none", lang], n.astype(float), n_boot=n_boot, seed=seed)
         rows.append(dict(method=method, neurons_of=of, text_lang=lang, ratio=r.value, low=r.low, high=r.high, n_tokens=int(n.sum()),
-                         perplexity=self.perplexity(lang, method, of), bits_per_byte=self.bits_per_byte(lang, method, of), n_windows=len(n)))
+                         perplexity=self.perplexity(lang, method, of), bits_per_byte=self.bits_per_byte(lang, method, of),
+                         n_windows=len(n)))
     return pd.DataFrame(rows)
 
 @patch
@@ -87,7 +88,8 @@ def plot(self: PerplexityMatrix):
     from langneuron_mi.figures.look import ratio_matrices
     df = self.to_df()
     off = set(df.method) <= {"none", "lape", "random"}
-    return ratio_matrices(df[df.method != "none"], title="Perplexity with the neurons off, relative to none" if off else "Perplexity under each intervention, relative to none")
+    what = "with the neurons off" if off else "under each intervention"
+    return ratio_matrices(df[df.method != "none"], title=f"Perplexity {what}, relative to none")
 
 # %% ../../nbs/measure/01_perplexity.ipynb #5dffe854
 def check_held_out(windows: TokenWindows, # text to measure on
@@ -97,7 +99,8 @@ def check_held_out(windows: TokenWindows, # text to measure on
     for lang in windows.langs:
         if lang in seen and (n := shares_text(windows.seen(lang), seen[lang])):
             raise ValueError(f"{lang}: at least {n} of the texts to measure on were used to find these neurons; "
-                             "use the second part of the corpus.split(0.1, seed=) whose first part was recorded (langneuron: the same --held_out and --seed as in record), or another corpus")
+                             "use the second part of the corpus.split(0.1, seed=) whose first part was recorded "
+                             "(langneuron: the same --held_out and --seed as in record), or another corpus")
 
 # %% ../../nbs/measure/01_perplexity.ipynb #2a8040ae
 def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
@@ -111,7 +114,8 @@ def _as_rows(interventions) -> dict[tuple[str, str], Intervention]:
         raise TypeError(f"a {type(interventions).__name__} is not an intervention; wrap neurons in ablate(...) or amplify(...)")
     rows = {}
     for k, i in [row for part in interventions for row in _as_rows(part).items()]:
-        if k in rows: raise ValueError(f"two interventions are named {k}; give a dict {{(method, language): intervention}} with different names")
+        if k in rows:
+            raise ValueError(f"two interventions are named {k}; give a dict {{(method, language): intervention}} with different names")
         rows[k] = i
     return rows
 
@@ -128,12 +132,13 @@ def _check_tokenizer(interventions, v: ModelView) -> None:
     for part in interventions if isinstance(interventions, (list, tuple)) else [interventions]:
         found = (getattr(part, "provenance", None) or {}).get("tokenizer")
         if found and found != v.tokenizer_fingerprint:
-            raise ValueError(f"these neurons were found with tokenizer {found}, but {v.model_id} has {v.tokenizer_fingerprint}; load the model with the same tokenizer")
+            raise ValueError(f"these neurons were found with tokenizer {found}, but {v.model_id} has {v.tokenizer_fingerprint}; "
+                             "load the model with the same tokenizer")
 
 # %% ../../nbs/measure/01_perplexity.ipynb #802a8f44
 def _predicted_bytes(w: TokenWindows, v: ModelView, lang: str) -> int:
     "UTF-8 bytes of the tokens that are predicted; decoded as one stream, because a window's edge may cut a character."
-    size = lambda ids: len(v.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode())
+    def size(ids): return len(v.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).encode())
     rows = [row for b in w.batches(lang, 0, w.n_windows(lang)) for row in b.tolist()]
     if w.bos_token_id is not None: return size([t for row in rows for t in row[1:]])
     return size([t for row in rows for t in row]) - sum(size(row[:1]) for row in rows)
@@ -168,8 +173,8 @@ def _cells(rows: Mapping[tuple[str, str], tuple[Intervention, list[str]]], w: To
     keep = Keep("perplexity_cell", lambda c: (w.fingerprint, prints[id(c.intervention)], c.lang, batch_size),
                 lambda nll: (dict(nll=torch.from_numpy(nll)), {}), lambda tensors, facts: tensors["nll"].numpy())
     cells = [_Cell(i, lang) for i, langs in rows.values() for lang in langs]
-    return Work(cell_nll, cells, common=lambda c: (one_language(w, c.lang), batch_size), key=lambda c: c.lang, size=lambda c: w.n_tokens(c.lang),
-                name="perplexity", unit="tok", label=lambda c: c.intervention.name, keep=keep)
+    return Work(cell_nll, cells, common=lambda c: (one_language(w, c.lang), batch_size), key=lambda c: c.lang,
+                size=lambda c: w.n_tokens(c.lang), name="perplexity", unit="tok", label=lambda c: c.intervention.name, keep=keep)
 
 # %% ../../nbs/measure/01_perplexity.ipynb #0c9a9922
 @dataclass(frozen=True)
@@ -196,14 +201,15 @@ def _held_out(w: TokenWindows, rows: Mapping, seen, interventions) -> None:
     "Refuse text that found the neurons; warn where nothing is known of it."
     seen = seen if seen is not None else _seen(interventions)
     if rows and not seen:
-        warnings.warn("nothing is known of the text that found these neurons; pass seen=stats.seen, so that it can be told from held-out text", stacklevel=5)
+        warnings.warn("nothing is known of the text that found these neurons; pass seen=stats.seen, "
+                      "so that it can be told from held-out text", stacklevel=5)
     check_held_out(w, seen)
 
 # %% ../../nbs/measure/01_perplexity.ipynb #fc4ba9d2
 @takes(measured=Measured, run=Run)
 def perplexity_matrix(model, # a hooked model
                       corpus: Corpus | dict, # held-out texts
-                      interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, one Intervention, or a list of these
+                      interventions=None, # LanguageNeurons (each ablated), {(method, lang): Intervention}, an Intervention, a list of these
                       *, langs: list[str] | tuple[str, ...] | None = None, # languages of the text
                       text_langs: Mapping[tuple[str, str], list[str]] | None = None, # measure a row only on these languages
                       seen: Mapping[str, np.ndarray] | None = None, # sketches of identification texts; those of LanguageNeurons are found
@@ -218,8 +224,10 @@ def perplexity_matrix(model, # a hooked model
         corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
         w = pack(corpus, v.tokenizer, langs=langs, tokens=m.tokens, length=min(m.length, v.n_ctx), seed=m.seed, bos_token_id=v.bos_token_id)
         _held_out(w, found, seen, interventions)
-        rows = {("none", "none"): (Intervention(), list(w.langs))} | {k: (i, list((text_langs or {}).get(k, w.langs))) for k, i in found.items()}
-        nll = dict(zip([(*name, lang) for name, (_, columns) in rows.items() for lang in columns], session.map(_cells(rows, w, m.batch_size)), strict=True))
+        rows = {("none", "none"): (Intervention(), list(w.langs))}
+        for name, i in found.items(): rows[name] = i, list((text_langs or {}).get(name, w.langs))
+        cells = [(*name, lang) for name, (_, columns) in rows.items() for lang in columns]
+        nll = dict(zip(cells, session.map(_cells(rows, w, m.batch_size)), strict=True))
         facts = provenance(**v.describe()) | dict(windows=w.fingerprint, corpus=corpus.fingerprint, length=w.length, seed=m.seed)
         return PerplexityMatrix(nll, {l: _predicted(w, l) for l in w.langs}, {l: _predicted_bytes(w, v, l) for l in w.langs}, facts)
 
@@ -233,18 +241,22 @@ def save(self: PerplexityMatrix, path) -> Path:
     "Write all windows' sums (atomically), so that every table can be made again."
     tensors = {f"nll.{i}": torch.from_numpy(x) for i, x in enumerate(self.nll.values())}
     tensors |= {f"n.{l}": torch.from_numpy(n) for l, n in self.n_tokens.items()}
-    return save_artifact(path, "perplexity_matrix", tensors, dict(cells=[list(k) for k in self.nll], langs=self.langs, n_bytes=self.n_bytes, provenance=self.provenance))
+    facts = dict(cells=[list(k) for k in self.nll], langs=self.langs, n_bytes=self.n_bytes, provenance=self.provenance)
+    return save_artifact(path, "perplexity_matrix", tensors, facts)
 
 @patch(cls_method=True)
 def load(cls: PerplexityMatrix, path) -> PerplexityMatrix:
     "Read what `save` wrote."
     t, m = load_artifact(path, "perplexity_matrix")
-    return cls({tuple(c): t[f"nll.{i}"].numpy() for i, c in enumerate(m["cells"])}, {l: t[f"n.{l}"].numpy() for l in m["langs"]}, m["n_bytes"], m["provenance"])
+    nll = {tuple(c): t[f"nll.{i}"].numpy() for i, c in enumerate(m["cells"])}
+    return cls(nll, {l: t[f"n.{l}"].numpy() for l in m["langs"]}, m["n_bytes"], m["provenance"])
 
 @patch
 def _repr_markdown_(self: PerplexityMatrix) -> str:
     "Ratios as a small table."
     df = self.to_df(n_boot=200)
     df = df[df.method != "none"]
-    return "perplexity without intervention: " + ", ".join(f"{l} {self.perplexity(l):.1f}" for l in self.langs) + "\n\n" + (
-        df.assign(row=df.method + " " + df.neurons_of).pivot_table(index="row", columns="text_lang", values="ratio", sort=False).round(2).to_markdown() if len(df) else "")
+    head = "perplexity without intervention: " + ", ".join(f"{l} {self.perplexity(l):.1f}" for l in self.langs) + "\n\n"
+    if not len(df): return head
+    table = df.assign(row=df.method + " " + df.neurons_of).pivot_table(index="row", columns="text_lang", values="ratio", sort=False)
+    return head + table.round(2).to_markdown()

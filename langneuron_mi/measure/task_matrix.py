@@ -24,7 +24,7 @@ from ..text.languages import language
 from ..models.view import view
 from ..find.neurons import NeuronSet
 from ..core.statistics import _bootstrap, holm, mcnemar, paired_difference
-from .steering import factor
+from .factors import factor
 from .task_data import TaskError
 
 # %% ../../nbs/measure/12_task_matrix.ipynb #8a18be9e

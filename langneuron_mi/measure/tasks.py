@@ -68,7 +68,7 @@ def chosen(neurons: str, # file of language neurons
     from langneuron_mi.recording.stats import ActivationStats
     from langneuron_mi.change.interventions import ablate
     from langneuron_mi.find.neurons import LanguageNeurons
-    from langneuron_mi.measure.steering import factor
+    from langneuron_mi.measure.factors import factor
     found = LanguageNeurons.load(neurons)
     if edit == "ablate": return ablate(found[lang])
     p = Path(stats) if stats else None

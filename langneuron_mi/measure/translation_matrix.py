@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..core.artifacts import load_artifact, provenance, save_artifact
 from ..text.corpus import _codes
 from ..models.view import view
-from .steering import _set, factor
+from .steering import _set
+from .factors import factor
 from .translation import Pairs, Translations, _from_plain, translate
 from ..text.sketches import shares_text
 

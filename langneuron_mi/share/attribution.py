@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AT', 'w_out', 'contribution', 'w_u', 'effective_score', 'gradient_x_activation', 'IntegratedGradients',
-           'integrated_gradients', 'category_share', 'category_contribution']
+           'integrated_gradients', 'category_share', 'batch_contribution', 'category_contribution']
 
 # %% ../../nbs/share/05_attribution.ipynb #b1feff40
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,13 @@ import torch
 from jaxtyping import Float, Float64, Int, Int8
 from torch import Tensor
 
+from ..core.engine import Keep, Run, Work, open_session
+from ..core.settings import takes
 from ..models.hooked import ModelError, ModelView
 from ..models.view import view
-from .sharing import CATEGORIES, Reader, answer_tokens, check_prompts, check_texts, left_pad, of_count
+from .answers import answer_tokens, left_pad
+from .categories import CATEGORIES, Reader, check_prompts, check_texts, of_count
+from .sharing import prompt_batches
 
 # %% ../../nbs/share/05_attribution.ipynb #20913dda
 def w_out(model, # a hooked model
@@ -30,14 +34,18 @@ def w_out(model, # a hooked model
     w = getattr(v.model.blocks[layer].mlp, "W_out", None)
     if w is None or tuple(w.shape) != (v.d_mlp, v.d_model):
         found = "none" if w is None else f"one of shape {tuple(w.shape)}"
-        raise ModelError(f"the MLP of layer {layer} of {v.model_id} should have an output matrix [{v.d_mlp}, {v.d_model}], but has {found}; this architecture cannot be attributed")
+        raise ModelError(f"the MLP of layer {layer} of {v.model_id} should have an output matrix [{v.d_mlp}, {v.d_model}], "
+                         f"but has {found}; this architecture cannot be attributed")
     return w.detach()
 
 # %% ../../nbs/share/05_attribution.ipynb #cf23713d
-def _last_posts(v: ModelView, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"], run: Callable | None = None) -> list[Tensor]: # [layer] of [row, neuron]
+def _last_posts(v: ModelView, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"],
+                run: Callable | None = None, # what runs the batch; None = the model without its unembedding
+               ) -> list[Tensor]: # [layer] of [row, neuron]
     "`post` of every layer at the last position."
     got = {}
-    with v.hooks([(l, "post", lambda x, l=l: got.__setitem__(l, x[:, -1].float())) for l in range(v.n_layers)]): (run or v.body)(ids, mask)
+    def keep(x, layer): got[layer] = x[:, -1].float()
+    with v.hooks([(l, "post", lambda x, l=l: keep(x, l)) for l in range(v.n_layers)]): (run or v.body)(ids, mask)
     return [got[l] for l in range(v.n_layers)]
 
 def _prepared(model, prompts: str | Sequence[str], what: str) -> tuple[ModelView, list[str]]:
@@ -72,7 +80,9 @@ def w_u(model, # a hooked model
     "Unembedding directions of tokens."
     v = view(model)
     w = v.model.W_U
-    if w.shape[0] != v.d_model: raise ModelError(f"the unembedding of {v.model_id} should have {v.d_model} rows, but its shape is {tuple(w.shape)}; this architecture cannot be attributed")
+    if w.shape[0] != v.d_model:
+        raise ModelError(f"the unembedding of {v.model_id} should have {v.d_model} rows, but its shape is {tuple(w.shape)}; "
+                         "this architecture cannot be attributed")
     return w.detach()[:, tokens.to(w.device)].T.float()
 
 def _through_norm(norm: Callable, # the final norm
@@ -94,12 +104,14 @@ def _through_norm(norm: Callable, # the final norm
     return centre(weight*w)/scale[:, None]
 
 # %% ../../nbs/share/05_attribution.ipynb #5c767bc0
-def _questions(v: ModelView, prompts: Sequence[str], answers: str | Sequence[str], lang: str | Sequence[str]) -> list[tuple[list[int], int]]:
+def _questions(v: ModelView, prompts: Sequence[str], answers: str | Sequence[str],
+               lang: str | Sequence[str]) -> list[tuple[list[int], int]]:
     "For every prompt the ids of the context and the first id of its answer."
     answers = [answers] if isinstance(answers, str) else list(answers)
     langs = [lang]*len(prompts) if isinstance(lang, str) else list(lang)
     if not len(prompts) == len(answers) == len(langs):
-        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers and {len(langs)} languages do not match; give one answer for each prompt, and one language for all or for each")
+        raise ValueError(f"{len(prompts)} prompts, {len(answers)} answers and {len(langs)} languages do not match; "
+                         "give one answer for each prompt, and one language for all or for each")
     check_texts(v, prompts, "these texts")
     return [(context, gold[0]) for context, gold in (answer_tokens(v, p, a, l) for p, a, l in zip(prompts, answers, langs))]
 
@@ -186,7 +198,8 @@ class IntegratedGradients:
         "Sum of the attributions minus the difference they should sum to."
         return self.scores.sum(1) - self.difference
     def __repr__(self) -> str:
-        return f"IntegratedGradients(layer {self.layer}, {len(self.scores)} inputs, {self.token} token, {self.steps} steps: convergence error at most {self.error.abs().max():.2g} nats)"
+        return (f"IntegratedGradients(layer {self.layer}, {len(self.scores)} inputs, {self.token} token, {self.steps} steps: "
+                f"convergence error at most {self.error.abs().max():.2g} nats)")
     def to_df(self) -> pd.DataFrame: # input, layer, neuron, score
         "Tidy table, one row per input and neuron."
         grid = pd.MultiIndex.from_product([range(n) for n in self.scores.shape], names=["input", "neuron"]).to_frame(index=False)
@@ -200,10 +213,12 @@ def _points(steps: int) -> list[tuple[float, float]]: # (alpha, weight), both 0 
     t = (at + 1)/2
     return list(zip((t**3).tolist(), (weights/2*3*t**2).tolist()))
 
-def _path(v: ModelView, batch: tuple, layer: int, token: str, x: Float[Tensor, "row pos neuron"], alpha: float) -> tuple[Tensor, Tensor]: # log P, and the scaled activation it depends on
+def _path(v: ModelView, batch: tuple, layer: int, token: str, x: Float[Tensor, "row pos neuron"],
+          alpha: float) -> tuple[Tensor, Tensor]: # log P, and the scaled activation it depends on
     "log P(answer) with a layer's activation scaled by alpha."
     z = (_chosen(x, token)*alpha).requires_grad_()
-    with v.hooks([(layer, "post", lambda now: torch.cat([now[:, :-1], z], 1) if token == "last" else z)]): return _logp(v, *batch), z
+    def scaled(now): return torch.cat([now[:, :-1], z], 1) if token == "last" else z
+    with v.hooks([(layer, "post", scaled)]): return _logp(v, *batch), z
 
 # %% ../../nbs/share/05_attribution.ipynb #b3e51450
 @torch.enable_grad()
@@ -242,12 +257,37 @@ def category_share(scores: Float[Tensor, "*input layer neuron"], # of any measur
     if not 0 < top_k < d_mlp: raise ValueError(f"top_k={top_k}: a layer has {d_mlp} neurons; give a number from 1 to {d_mlp - 1}")
     s, cat = scores.double().abs().reshape(-1, n_layers, d_mlp), categories.reshape(-1, n_layers, d_mlp)
     top = cat.gather(-1, s.sort(dim=-1, descending=True, stable=True).indices[..., :top_k])
-    shares = [((cat == c).double().mean(-1), (top == c).double().mean(-1), (s*(cat == c)).sum(-1)/s.sum(-1)) for c in range(len(CATEGORIES))]
-    columns = {name: torch.stack([x[k] for x in shares], -1).flatten().numpy() for k, name in enumerate(("neurons", "top", "sum"))}
-    return pd.MultiIndex.from_product([range(len(s)), range(n_layers), CATEGORIES], names=["input", "layer", "category"]).to_frame(index=False).assign(**columns)
+    shares = dict(neurons=[], top=[], sum=[])
+    for c in range(len(CATEGORIES)):
+        shares["neurons"].append((cat == c).double().mean(-1))
+        shares["top"].append((top == c).double().mean(-1))
+        shares["sum"].append((s*(cat == c)).sum(-1)/s.sum(-1))
+    grid = pd.MultiIndex.from_product([range(len(s)), range(n_layers), CATEGORIES], names=["input", "layer", "category"])
+    return grid.to_frame(index=False).assign(**{name: torch.stack(x, -1).flatten().numpy() for name, x in shares.items()})
+
+# %% ../../nbs/share/05_attribution.ipynb #c8cd8746
+_KEYS, _SHARES = ["lang", "layer", "category"], ["neurons", "top", "sum"]
+
+@torch.inference_mode()
+def batch_contribution(v: ModelView, options: tuple, # top_k, theta, token rule, site
+                       prompts: dict[str, list[str]], # a batch of items in every language
+                       tick: Callable) -> Float64[np.ndarray, "row share"]: # a row for each language, layer and category
+    "Shares of each category in the contributions, summed over a batch of items."
+    top_k, theta, token, site = options
+    reader = Reader(v, (float(theta),), token, site)
+    found = of_count(sum(reader.active(p, lang)[0].to(torch.int16) for lang, p in prompts.items()), len(prompts)).cpu()
+    parts = [category_share(contribution(v, p, batch_size=len(p)), found, top_k).assign(lang=lang) for lang, p in prompts.items()]
+    return pd.concat(parts).groupby(_KEYS, sort=False)[_SHARES].sum().to_numpy()
+
+def _contributions(prompts: Mapping[str, list[str]], options: tuple, batch_size: int) -> Work:
+    "The batches of parallel prompts; each is kept by its texts and by how it is read."
+    keep = Keep("contribution_part", lambda part: ([*part.items()], options), lambda shares: (dict(shares=torch.from_numpy(shares)), {}),
+                lambda tensors, facts: tensors["shares"].numpy())
+    return Work(batch_contribution, prompt_batches(prompts, batch_size), common=lambda part: options, name="contribution", unit="step",
+                keep=keep)
 
 # %% ../../nbs/share/05_attribution.ipynb #96ae7b87
-@torch.inference_mode()
+@takes(run=Run)
 def category_contribution(model, # a hooked model, from load_model
                           prompts: Mapping[str, Sequence[str]], # the same items in every language
                           *, top_k: int = 800, # neurons per layer
@@ -255,17 +295,15 @@ def category_contribution(model, # a hooked model, from load_model
                           token: str = "last", # "last" or "any": the rule of the categories
                           site: str = "gate", # "gate" or "post": of the categories
                           batch_size: int = 8, # items per step
-                          progress: bool = True,
+                          run: Run, # where finished batches are kept, what does the work, and whether a bar is shown
                          ) -> pd.DataFrame: # model, lang, layer, category, neurons, top, sum, n
     "Share of each category in the contributions at the last token, per language and layer; means over inputs."
-    from tqdm.auto import tqdm
-    v = view(model)
-    v.untouched("attribution")
-    prompts, reader = check_prompts(v, prompts), Reader(v, (float(theta),), token, site)
-    n, keys, total = len(next(iter(prompts.values()))), ["lang", "layer", "category"], 0
-    for i in tqdm(range(0, n, batch_size), desc="contribution", disable=not progress):
-        batch = {lang: p[i:i + batch_size] for lang, p in prompts.items()}
-        found = of_count(sum(reader.active(p, lang)[0].to(torch.int16) for lang, p in batch.items()), len(batch)).cpu()
-        parts = [category_share(contribution(v, p, batch_size=len(p)), found, top_k).assign(lang=lang) for lang, p in batch.items()]
-        total = total + pd.concat(parts).groupby(keys, sort=False)[["neurons", "top", "sum"]].sum()
-    return (total/n).reset_index().assign(model=v.model_id, n=n)[["model", *keys, "neurons", "top", "sum", "n"]]
+    with open_session(model, view, run) as session:
+        v = session.view
+        v.untouched("attribution")
+        prompts = check_prompts(v, prompts)
+        Reader(v, (float(theta),), token, site)  # a wrong word is told before any work
+        n, total = len(next(iter(prompts.values()))), 0
+        for shares in session.map(_contributions(prompts, (top_k, theta, token, site), batch_size)): total = total + shares
+        grid = pd.MultiIndex.from_product([[*prompts], range(v.n_layers), CATEGORIES], names=_KEYS).to_frame(index=False)
+    return grid.assign(model=v.model_id, **dict(zip(_SHARES, (total/n).T)), n=n)[["model", *_KEYS, *_SHARES, "n"]]

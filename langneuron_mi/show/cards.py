@@ -26,9 +26,10 @@ from ..models.view import view
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.probes import ParallelFacts
 from ..recording.tokens import cache_activations
-from ..share.sharing import CATEGORIES, Sharing
+from ..share.categories import CATEGORIES
+from ..share.sharing import Sharing
 from ..core.statistics import bootstrap_mean
-from ..measure.steering import log_probs, tokenize
+from ..measure.continuations import log_probs, tokenize
 
 # %% ../../nbs/show/01_cards.ipynb #1390f21e
 @dataclass(frozen=True, eq=False, repr=False)

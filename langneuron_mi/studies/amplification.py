@@ -19,8 +19,11 @@ from ..core.artifacts import fingerprint, provenance
 from ..core.settings import unknown
 from ..figures.look import neurons_per_layer
 from ..find.neurons import LanguageNeurons
-from ..measure.probes import Probes, load_probes
-from ..measure.steering import Steering, _factors, _intervention, factor, lss
+from ..measure.probes import Probes
+from ..measure.probe_sources import load_probes
+from ..measure.steering_result import Steering
+from ..measure.steering import _factors, _intervention, lss
+from ..measure.factors import factor
 from ..measure.task_matrix import evaluate_matrix
 from ..models.loading import load_model
 from ..models.view import view

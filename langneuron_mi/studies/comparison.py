@@ -22,8 +22,12 @@ from ..core.engine import Keep, Run, Work, kept, open_session
 from ..find.identification import lape, random_neurons
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import PerplexityMatrix, perplexity_matrix
-from ..measure.probes import ParallelFacts, Probes, load_probes
-from ..measure.steering import Steering, Question, Scorer, factor, lss, tokenize
+from ..measure.probes import ParallelFacts, Probes
+from ..measure.probe_sources import load_probes
+from ..measure.steering_result import Steering
+from ..measure.steering import Question, Scorer, lss
+from ..measure.factors import factor
+from ..measure.continuations import tokenize
 from ..models.hooked import ModelView
 from ..models.loading import load_model
 from ..models.view import view

@@ -19,7 +19,7 @@ from ..figures.look import dot_interval, neurons_per_layer, overlap_heatmap, rat
 from ..figures.sharing_figures import selectivity
 from ..find.neurons import LanguageNeurons, NeuronSet
 from ..measure.perplexity import PerplexityMatrix
-from ..measure.steering import Steering
+from ..measure.steering_result import Steering
 from ..recording.stats import ActivationStats
 from ..share.sharing import Sharing
 from .comparison_plan import PANELS, UP, ComparisonPlan

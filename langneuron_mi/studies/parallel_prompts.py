@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..measure.probes import load_probes
+from ..measure.probe_sources import load_probes
 from ..text.languages import language
 
 # %% ../../nbs/studies/06_parallel_prompts.ipynb #27a974f1

@@ -21,7 +21,9 @@ from ..models.hooked import ModelView
 from ..models.loading import load_model
 from ..models.view import view
 from ..share.attribution import category_contribution
-from ..share.sharing import CATEGORIES, CategoryEffect, Sharing, category_effect, check_prompts, sharing
+from ..share.categories import CATEGORIES, check_prompts
+from ..share.effect import CategoryEffect, category_effect
+from ..share.sharing import Sharing, sharing
 from ..show.page import html_table, study_page, write_study
 from .parallel_prompts import Prompts, parallel_prompts
 from .study import KeepFile, as_codes, fields_and_models, parameters, study_from, variant, whole

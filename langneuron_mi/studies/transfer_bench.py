@@ -24,7 +24,8 @@ from ..models.loading import load_model
 from ..models.view import view
 from ..recording.record import record
 from ..recording.stats import ActivationStats
-from ..share.sharing import CATEGORIES, sharing
+from ..share.categories import CATEGORIES
+from ..share.sharing import sharing
 from .study import METHODS, whole
 from .transfer_plan import PARTS, Cell, TransferPlan, condition_config
 from ..text.corpus import Corpus

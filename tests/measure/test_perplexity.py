@@ -17,7 +17,8 @@ from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
 
-TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit", "und noch ein Satz"] * 5}
+TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4,
+         "de": ["der schnelle braune", "Fuchs springt weit", "und noch ein Satz"] * 5}
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma2", "bloom"])

@@ -31,7 +31,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
-from langneuron_mi.measure.probes import Fact, Probes
+from langneuron_mi.measure.facts import Fact
+from langneuron_mi.measure.probes import Probes
 from langneuron_mi.recording.recorder import Recorder, RecordingError
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing

@@ -6,14 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lens import has_hooked_transformer, hooked_transformer, lens_models
 
-from langneuron_mi.share.sharing import CATEGORIES
+from langneuron_mi.share.categories import CATEGORIES, input_categories
 from langneuron_mi.share.attribution import (category_contribution, category_share, contribution, effective_score, gradient_x_activation,
     integrated_gradients, w_out, w_u)
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
-from langneuron_mi.share.sharing import input_categories
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
 
@@ -37,7 +36,7 @@ def rows_out(mlp):
 
 
 def run(hf, ids, edit=None):
-    "Logits [pos, vocab] of one prompt alone, and the input of every output matrix [layer][pos, neuron], in the graph; `edit(layer, x)` may replace it."
+    "Logits [pos, vocab] of one prompt alone, and each output matrix's input [layer][pos, neuron], in the graph; `edit(layer, x)` may change it."
     got, handles = {}, []
     for l, mlp in enumerate(mlps(hf)):
         def keep(mod, args, l=l):
@@ -99,7 +98,8 @@ def test_attribution_effective_score_through_the_norm_is_the_same_when_the_norm_
     if not has_hooked_transformer(): return  # TransformerLens 4 has no class that folds a given state
     hf, tok = tiny_model("llama")
     plain, folded = (hooked_transformer(tiny_model("llama")[0], tok) for _ in range(2))
-    folded.load_and_process_state_dict(plain.state_dict(), fold_ln=True, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    folded.load_and_process_state_dict(plain.state_dict(), fold_ln=True, center_writing_weights=False, center_unembed=False,
+                                      fold_value_biases=False)
     a, b = (effective_score(load_model(m), PROMPTS, ANSWERS, lang="en", final_norm=True) for m in (plain, folded))
     close(a, b, 1e-4)
 
@@ -213,9 +213,11 @@ def test_attribution_category_share_equals_loops(seed, top_k):
 @pytest.mark.parametrize("token", ["last", "any"])
 def test_attribution_category_contribution_equals_one_input_at_a_time(token):
     for _, hf, tok, model in lens_models("llama"):
-        got = category_contribution(model, PARALLEL, top_k=9, token=token, batch_size=2, progress=False).set_index(["lang", "layer", "category"])
+        got = category_contribution(model, PARALLEL, top_k=9, token=token, batch_size=2, progress=False)
+        got = got.set_index(["lang", "layer", "category"])
+        found = [input_categories(model, {k: p[i] for k, p in PARALLEL.items()}, token=token) for i in range(3)]
         for lang, prompts in PARALLEL.items():
-            parts = [category_share(contribution(model, prompts[i])[0], input_categories(model, {k: p[i] for k, p in PARALLEL.items()}, token=token), 9) for i in range(3)]
+            parts = [category_share(contribution(model, prompts[i])[0], found[i], 9) for i in range(3)]
             want = pd.concat(parts).groupby(["layer", "category"])[["neurons", "top", "sum"]].mean()
             for at, row in want.iterrows():
                 assert got.loc[(lang, *at), ["neurons", "top", "sum"]].tolist() == pytest.approx(row.tolist(), abs=1e-6)
@@ -257,9 +259,21 @@ def test_attribution_errors_are_one_clear_line(model, call, words):
     assert "\n" not in str(e.value)
 
 
+def test_attribution_category_contribution_goes_on_from_finished_batches(model, tmp_path):
+    want = category_contribution(model, PARALLEL, top_k=9, batch_size=2, progress=False)
+    first = category_contribution(model, PARALLEL, top_k=9, batch_size=2, out=tmp_path, progress=False)
+    files = sorted(tmp_path.glob("contribution_part-*"))
+    assert len(files) == 2
+    files[0].unlink()
+    again = category_contribution(model, PARALLEL, top_k=9, batch_size=2, out=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(first, want, check_exact=True)
+    pd.testing.assert_frame_equal(again, want, check_exact=True)
+
+
 def test_attribution_refuses_a_model_under_an_intervention(model):
     with ablate(NeuronSet([(0, 1)], shape=(2, 64))).on(model):
-        for call in (lambda: contribution(model, "a"), lambda: effective_score(model, "a", "b", lang="en"), lambda: gradient_x_activation(model, "a", "b", lang="en"),
+        for call in (lambda: contribution(model, "a"), lambda: effective_score(model, "a", "b", lang="en"),
+                     lambda: gradient_x_activation(model, "a", "b", lang="en"),
                      lambda: integrated_gradients(model, "a", "b", lang="en", layer=0), lambda: category_contribution(model, PARALLEL)):
             with pytest.raises(ValueError, match="an intervention is on"): call()
 
@@ -267,6 +281,7 @@ def test_attribution_refuses_a_model_under_an_intervention(model):
 def test_attribution_accepts_bf16_and_returns_float32(model):
     hf, tok = tiny_model("llama")
     half = load_model(hf.to(torch.bfloat16), tokenizer=tok)
-    for x in (contribution(half, PROMPTS), effective_score(half, PROMPTS, ANSWERS, lang="en", final_norm=True), gradient_x_activation(half, PROMPTS, ANSWERS, lang="en")):
+    for x in (contribution(half, PROMPTS), effective_score(half, PROMPTS, ANSWERS, lang="en", final_norm=True),
+              gradient_x_activation(half, PROMPTS, ANSWERS, lang="en")):
         assert x.dtype == torch.float32 and torch.isfinite(x).all()
     close(contribution(half, PROMPTS), contribution(model, PROMPTS), .1)

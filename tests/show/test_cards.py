@@ -11,7 +11,8 @@ import torch
 from langneuron_mi.show.cards import browse, neuron_card, neuron_cards, neuron_table
 from langneuron_mi.find.identification import lape
 from langneuron_mi.models.loading import load_model
-from langneuron_mi.measure.probes import Fact, Probes
+from langneuron_mi.measure.facts import Fact
+from langneuron_mi.measure.probes import Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.testing.planted import planted_model

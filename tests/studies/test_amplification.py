@@ -129,7 +129,7 @@ def test_amplification_bad_studies_fail_at_once():
 
 def test_amplification_preset_asks_the_probes_for_its_targets_only(monkeypatch):
     "Its facts name 15 languages, its neurons are of 18."
-    from langneuron_mi.measure.probes import MLAMA_LANGS
+    from langneuron_mi.measure.probe_sources import MLAMA_LANGS
     study = read_study("experiments/amplification.toml")[0]
     assert set(study.targets) <= set(MLAMA_LANGS) and not set(study.langs) <= set(MLAMA_LANGS)
 

@@ -17,7 +17,8 @@ from langneuron_mi.studies.comparison import Experiment, read_experiment, shared
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.measure.probes import Fact, Probes
+from langneuron_mi.measure.facts import Fact
+from langneuron_mi.measure.probes import Probes
 from langneuron_mi.studies.comparison_report import write_report
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
