@@ -145,7 +145,7 @@ def _generate(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: 
     rows = {(f, kind, t): _intervention(make, neurons, kind, None, t).where(self.positions)
             for f, make in _factors(self.factors, stats).items() for kind in kinds for t in targets}
     prompts = {language(l).code: list(p) for l, p in self.prompts.items()}
-    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, out=Path(self.out)/"texts.json", progress=progress)
+    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, out=Path(self.out)/"texts", progress=progress)
 
 @patch
 def _tasks(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: ActivationStats, progress: bool) -> dict:
