@@ -228,14 +228,15 @@ def eval_(
     "Run lm-evaluation-harness tasks, with and without an intervention"
     if lang and not neurons: raise ValueError("--lang needs --neurons, the file it is found in")
     lang = _langs(lang)[0] if lang else ""
-    from langneuron_mi.measure.tasks import chosen, evaluate
+    from langneuron_mi.measure.task_model import chosen
+    from langneuron_mi.measure.tasks import evaluate
     change = chosen(neurons, lang, edit, stats or None) if neurons and lang else None  # a wrong word is told before anything is loaded
     from langneuron_mi.measure.task_data import load_tasks
     loaded = load_tasks([t.strip() for t in tasks.split(",") if t.strip()], data_dir or None, None if num_fewshot < 0 else num_fewshot)
     from langneuron_mi.models.loading import load_model
     from langneuron_mi.find.neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
-    how, hooked = dict(limit=limit or None, batch_size=batch_size, cache=Path(out)/"answers"), load_model(model, revision=revision or None)
+    how, hooked = dict(limit=limit or None, batch_size=batch_size, out=Path(out)/"answers"), load_model(model, revision=revision or None)
     if neurons and not lang:
         found = evaluate_matrix(hooked, loaded, LanguageNeurons.load(neurons), edit=edit, stats=_stats(stats) if stats else None, controls=controls, seed=seed, **how)
         return _write_matrix(found, Path(out))

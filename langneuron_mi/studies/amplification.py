@@ -153,7 +153,7 @@ def _tasks(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: Act
     if not self.tasks: return {}
     out, given = Path(self.out), dict(controls=self.controls) | self.tasks
     names, chosen = given.pop("names"), given.pop("factors", self.factors[:1])
-    found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, cache=out/"answers", progress=progress, **given)
+    found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, out=out/"answers", progress=progress, **given)
              for f in chosen}
     for f, m in found.items(): m.save(out/"tasks"/f"{_file(f)}.safetensors")
     return found

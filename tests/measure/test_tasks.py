@@ -21,7 +21,9 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.scoring import score
 from langneuron_mi.measure.task_data import TaskError, find_files, load_tasks, read_rows, task_names
-from langneuron_mi.measure.tasks import Kept, LangNeuronLM, TaskResults, evaluate
+from langneuron_mi.measure.answers import Kept
+from langneuron_mi.measure.task_model import LangNeuronLM
+from langneuron_mi.measure.tasks import TaskResults, evaluate
 from langneuron_mi.testing.tiny import tiny_model
 
 DATA = Path(__file__).parents[1]/"data"/"tasks"  # a few items written by us: see the README there
@@ -236,7 +238,7 @@ def test_tasks_other_interventions_never_find_each_others_answers(tmp_path, task
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
     some, one = some_neurons(view(model)), {"xcopa_it": tasks["xcopa_it"]}
-    run = lambda edit: evaluate(model, one, edit, limit=3, cache=tmp_path, progress=False)
+    run = lambda edit: evaluate(model, one, edit, limit=3, out=tmp_path, progress=False)
     edits = [None, ablate(some), amplify(some, by=2.), amplify(some, by=3.), amplify(some, by=3.).where("prompt")]
     first = [run(e) for e in edits]
     assert all(r.work["kept"] == 0 and r.work["tokens"] > 0 for r in first)
@@ -251,39 +253,40 @@ def test_tasks_another_model_never_finds_the_answers(tmp_path, tasks):
     one = {"xcopa_it": tasks["xcopa_it"]}
     for seed in (0, 1):
         hf, tok = tiny_model("llama", seed=seed)
-        assert evaluate(load_model(hf, tokenizer=tok), one, cache=tmp_path, progress=False).work["kept"] == 0
+        assert evaluate(load_model(hf, tokenizer=tok), one, out=tmp_path, progress=False).work["kept"] == 0
 
 
 def test_tasks_a_higher_limit_computes_only_new_items(tmp_path, tasks):
     hf, tok = tiny_model("llama")
     model, one = load_model(hf, tokenizer=tok), {"xcopa_it": tasks["xcopa_it"]}
-    evaluate(model, one, limit=2, cache=tmp_path, progress=False)
-    more = evaluate(model, one, limit=4, cache=tmp_path, progress=False)
+    evaluate(model, one, limit=2, out=tmp_path, progress=False)
+    more = evaluate(model, one, limit=4, out=tmp_path, progress=False)
     assert (more.work["kept"], len(more.items)) == (4, 4)
-    assert evaluate(model, one, limit=4, num_fewshot=None, cache=tmp_path, progress=False).work["tokens"] == 0
+    assert evaluate(model, one, limit=4, num_fewshot=None, out=tmp_path, progress=False).work["tokens"] == 0
 
 
 def test_tasks_fewer_examples_do_not_reuse_answers_of_more(tmp_path):
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
-    evaluate(model, "xcopa_it", data_dir=DATA, num_fewshot=1, cache=tmp_path, progress=False)
-    assert evaluate(model, "xcopa_it", data_dir=DATA, cache=tmp_path, progress=False).work["kept"] == 0
+    evaluate(model, "xcopa_it", data_dir=DATA, num_fewshot=1, out=tmp_path, progress=False)
+    assert evaluate(model, "xcopa_it", data_dir=DATA, out=tmp_path, progress=False).work["kept"] == 0
 
 
 _SLOW_RUN = """
 import sys, time
-import langneuron_mi.measure.tasks as t
+from langneuron_mi.measure.answers import Kept
+from langneuron_mi.measure.tasks import evaluate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.testing.tiny import tiny_model
 hf, tok = tiny_model("llama")
-inner = t.Kept.put
+inner = Kept.put
 def put(self, key, value):
     self.every = 0
     inner(self, key, value)
     print("kept", flush=True)
     time.sleep(.5)
-t.Kept.put = put
-t.evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=sys.argv[1], batch_size=1, cache=sys.argv[2], progress=False)
+Kept.put = put
+evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=sys.argv[1], batch_size=1, out=sys.argv[2], progress=False)
 """
 
 
@@ -297,7 +300,7 @@ def test_tasks_a_killed_evaluation_resumes_item_by_item(tmp_path):
     assert 3 <= kept < 8
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
-    resumed = evaluate(model, "xcopa_it", data_dir=DATA, cache=tmp_path, progress=False)
+    resumed = evaluate(model, "xcopa_it", data_dir=DATA, out=tmp_path, progress=False)
     assert resumed.work["kept"] == kept and resumed.work["requests"] == 8
     whole = evaluate(model, "xcopa_it", data_dir=DATA, progress=False)
     np.testing.assert_allclose(np.concatenate(resumed.items.loglik), np.concatenate(whole.items.loglik), atol=1e-4)
@@ -312,9 +315,9 @@ def test_tasks_what_was_computed_survives_an_error(tmp_path, tasks, monkeypatch)
         calls.append(key)
         if len(calls) == 5: raise KeyboardInterrupt
     monkeypatch.setattr(Kept, "put", put)
-    with pytest.raises(KeyboardInterrupt): evaluate(model, one, batch_size=1, cache=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt): evaluate(model, one, batch_size=1, out=tmp_path, progress=False)
     monkeypatch.undo()
-    assert evaluate(model, one, cache=tmp_path, progress=False).work["kept"] == 5
+    assert evaluate(model, one, out=tmp_path, progress=False).work["kept"] == 5
     assert not view(model).active
 
 
@@ -360,7 +363,7 @@ def test_tasks_model_is_registered_with_lm_eval(tmp_path):
 
 def test_tasks_entry_point_is_declared():
     text = (Path(__file__).parents[2]/"setup.py").read_text()
-    assert "lm_eval.models" in text and "langneuron_mi.measure.tasks:LangNeuronLM" in text
+    assert "lm_eval.models" in text and "langneuron_mi.measure.task_model:LangNeuronLM" in text
 
 
 def test_tasks_results_survive_the_disk(tmp_path, tasks):
