@@ -163,8 +163,9 @@ def _aligned(source, langs: Sequence[str], f: Flores, options: dict) -> _Found:
         raise CorpusError("this corpus is not aligned: its n-th texts are different items in each language; "
                           "load it with aligned=True if they are the same")
     facts = c.provenance | dict(corpus=c.fingerprint)
-    where = "files" if isinstance(source, Mapping) else str(Path(source))
-    if files: facts |= dict(source=where, files={l: str(p) for l, p in files.items()})
+    if files:
+        where = "files" if isinstance(source, Mapping) else str(Path(source))
+        facts |= dict(source=where, files={l: str(p) for l, p in files.items()})
     return _Found({l: list(c.texts(l)) for l in langs}, list(c.item_ids), extra, facts)
 
 # %% ../../nbs/measure/20_pairs.ipynb #6a6d2cac
