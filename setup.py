@@ -31,7 +31,7 @@ setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
-        "lm_eval.models": ["langneuron=langneuron_mi.measure.tasks:LangNeuronLM"],
+        "lm_eval.models": ["langneuron=langneuron_mi.measure.task_model:LangNeuronLM"],
     },
     zip_safe=False,
 )

@@ -227,10 +227,10 @@ def eval_(
     if lang and not neurons: raise ValueError("--lang needs --neurons, the file it is found in")
     if matrix and (lang or not neurons): raise ValueError(f"--{next(iter(matrix))} is of a matrix, which --neurons without --lang gives")
     lang = _langs(lang)[0] if lang else ""
-    from langneuron_mi.measure.tasks import chosen
+    from langneuron_mi.measure.task_model import chosen
     change = chosen(neurons, lang, edit, stats or None) if neurons and lang else None  # a wrong word is told before anything is loaded
     loaded, how = _loaded_tasks(tasks, how)
-    how = _here(model, revision) | dict(tasks=loaded) | how | {"cache": Path(out)/"answers"}
+    how = _here(model, revision) | dict(tasks=loaded) | how | {"out": Path(out)/"answers"}
     if not neurons or lang: return _evaluate(change, f"{lang}-{edit}" if neurons else "none", Path(out), how)
     from langneuron_mi.find.neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
