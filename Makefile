@@ -38,9 +38,10 @@ test: venv ## everything CI runs: check, nbs, docs, leg2, pytest
 	@$(MAKE) --no-print-directory leg2
 	@$(MAKE) --no-print-directory pytest
 
-check: venv ## are modules, notebooks and README in sync?
+check: venv ## are modules, notebooks and README in sync, and does nothing point out of the tree?
 	@echo "== modules, notebooks and README in sync"
 	@$(OFFLINE) $(BIN)/python tools/in_sync.py
+	@$(BIN)/python tools/strays.py
 
 nbs: venv ## run every notebook that needs no download
 	@echo "== notebooks"

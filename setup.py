@@ -24,14 +24,14 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["langneuron_mi", "langneuron_mi.*"]),
-    include_package_data=True,
+    package_data={"langneuron_mi": ["py.typed"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("requirements"),
     extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
-        "lm_eval.models": ["langneuron=langneuron_mi.measure.tasks:LangNeuronLM"],
+        "lm_eval.models": ["langneuron=langneuron_mi.measure.task_model:LangNeuronLM"],
     },
     zip_safe=False,
 )

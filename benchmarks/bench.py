@@ -10,9 +10,7 @@ Every figure is measured here and now; nothing is a test. Each measurement of me
 import json
 import os
 import platform
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,13 +24,7 @@ HERE = Path(__file__).parent
 LENGTH, BATCH, WINDOWS = 256, 8, 16
 GROUPS = ("counts", "moments", "quantiles", "text_means", "impact")
 
-from curves import compiled, shapes, tokens_gemma, tokens_tiny, windows  # noqa: E402
-from peers import generation_peers, identification_peer, recording_peers  # noqa: E402
-
-
-def peak_mb() -> float:
-    "Peak resident memory of this process, in MB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from common import best_of, corpus, peak_mb  # noqa: E402
 
 
 def child(*args: str) -> dict:
@@ -40,11 +32,6 @@ def child(*args: str) -> dict:
     out = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True)
     if out.returncode: raise SystemExit(out.stderr)
     return json.loads(out.stdout.splitlines()[-1])
-
-
-def corpus():
-    from langneuron_mi.text.sources import load_corpus
-    return load_corpus("bible", ["en", "de", "fr", "ru", "zh", "ja", "ar", "tr"])
 
 
 def matmul_rate(v) -> float:
@@ -200,17 +187,6 @@ def steering() -> dict:
                 times[name].append(time.perf_counter() - t)
     return dict(lss_s=round(s.work["seconds"], 1), lss_tokens=s.work["forward_tokens"], lss_logit_positions=s.work["logit_positions"], lss_ratio=round(s.work["seconds"] / plain, 2),
                 generation_ratio=round(min(times["plain"]) / min(times["steered"]), 2), generation_tok_s=round(len(prompts) * 24 / min(times["plain"]), 1))
-
-
-def best_of(fn, n: int = 5) -> float:
-    "Seconds of the fastest of a few calls."
-    fn()
-    out = []
-    for _ in range(n):
-        t = time.perf_counter()
-        fn()
-        out.append(time.perf_counter() - t)
-    return min(out)
 
 
 def demo() -> dict:

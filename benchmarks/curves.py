@@ -28,7 +28,7 @@ def _texts(langs: list[str], tokens: int) -> dict:
 def _measure(model, langs: list[str], tokens: int, **kwargs) -> dict:
     "Seconds and peak memory of one recording, checkpoints included."
     import tempfile
-    from bench import peak_mb
+    from common import peak_mb
     from langneuron_mi import record
     from langneuron_mi.text.sources import load_corpus
     corpus = load_corpus(_texts(langs, tokens))
@@ -50,7 +50,7 @@ def tokens_tiny() -> dict:
 def tokens_gemma() -> dict:
     "1,000 to 30,000 tokens through gemma-3-270m."
     import tempfile
-    from bench import corpus, peak_mb
+    from common import corpus, peak_mb
     from langneuron_mi import load_model, record, view
     model, text, rows = load_model("gemma-3-270m"), corpus().select(["en"]), []
     view(model).fingerprint
@@ -82,7 +82,7 @@ def shapes() -> dict:
 def windows() -> dict:
     "Window length with each attention, and batch size: tokens per second through gemma-3-270m; and what batch size and attention change in the counts."
     import torch
-    from bench import corpus
+    from common import corpus
     from langneuron_mi import load_model, record, view
     from langneuron_mi.recording.recorder import Recorder
     from langneuron_mi.models.attention import attend
@@ -119,7 +119,7 @@ def compiled() -> dict:
     "torch.compile of the whole body without hooks, beside the body as it is: what it could give at most."
     import torch
     from transformers import AutoModelForCausalLM
-    from bench import best_of
+    from common import best_of
     from langneuron_mi.models.bundled import bundled_folder
     hf = AutoModelForCausalLM.from_pretrained(bundled_folder("gemma-3-270m"), dtype=torch.float32).eval()
     ids = torch.randint(5, 20_000, (8, 256), generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,7 @@ def take_turns(contenders: dict, rounds: int) -> dict:
 def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
     "Counting active neurons over the same text: tokens per second of each way, and that all count the same."
     import torch
-    from bench import corpus
+    from common import corpus
     from transformers import AutoModelForCausalLM
     from langneuron_mi import load_model, record, view
     from langneuron_mi.models.bundled import bundled_folder

@@ -80,7 +80,7 @@ def blob(v, common, size: int):
 def merge_rate(engine, size: int = 14_680_064, n: int = 12) -> float:
     "Bytes/s at which the merging process takes results in: fetched from Ray's memory, copied, added up."
     import torch
-    from langneuron_mi.scale.workers import Recipe
+    from langneuron_mi.scale.recipes import Recipe
     pool, total, took = engine.pool(Recipe("gemma-3-270m"), None), None, []
     t = time.perf_counter()
     for part in pool.map(blob, [size] * n):

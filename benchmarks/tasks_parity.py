@@ -70,7 +70,7 @@ def main():
     p.add_argument("--limit", type=int, default=500)
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--attention", default="eager", help="of ours; hf's own is sdpa")
-    p.add_argument("--cache", help="folder of kept answers, of both models: a killed comparison goes on (its seconds then mean nothing)")
+    p.add_argument("--answers", help="folder of kept answers, of both models: a killed comparison goes on (its seconds then mean nothing)")
     p.add_argument("--out", default="tasks_parity.json")
     a = p.parse_args()
     from lm_eval.models.huggingface import HFLM
@@ -85,21 +85,21 @@ def main():
     model = load_model("gemma-3-270m", attention=a.attention)
     hf = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=a.batch_size)
     v = view(model)
-    if a.cache:
+    if a.answers:
         from lm_eval.api.model import CachingLM
-        hf_model, hf = hf.model, CachingLM(hf, f"{a.cache}/hf-{a.part}.db")
+        hf_model, hf = hf.model, CachingLM(hf, f"{a.answers}/hf-{a.part}.db")
     else: hf_model = hf.model
     edits = {"none": Intervention()}
     if a.part == "hook":
         gen = torch.Generator().manual_seed(0)
         some = NeuronSet(torch.stack([torch.randint(v.n_layers, (400,), generator=gen), torch.randint(v.d_mlp, (400,), generator=gen)], 1).unique(dim=0), v.shape, model=v.fingerprint)
         edits = {"ablate": ablate(some), "amplify by 3": amplify(some, by=3.)}
-    if a.part == "hook" and a.cache: p.error("--cache does not tell edits apart in hf: leave it out for --part hook")
+    if a.part == "hook" and a.answers: p.error("--answers does not tell edits apart in hf: leave it out for --part hook")
     names = [t for l in a.langs.split(",") for t in (["xcopa_" + l] if a.part == "xcopa" else ["xquad_" + l] if a.part == "xquad" else ["xcopa_" + l])]
     for name in names:
         for said, edit in edits.items():
             tasks = load_tasks(name, a.data)
-            ours, wall, cpu = timed(lambda: evaluate(model, tasks, edit, limit=a.limit, batch_size=a.batch_size, cache=a.cache, progress=False))
+            ours, wall, cpu = timed(lambda: evaluate(model, tasks, edit, limit=a.limit, batch_size=a.batch_size, out=a.answers, progress=False))
             with edited(hf_model, edit): theirs, wall_hf, cpu_hf = timed(lambda: run_hf(hf, tasks, a.limit))
             row = compare(ours, theirs, name) | dict(seconds=wall, seconds_hf=wall_hf, cpu_seconds=cpu, cpu_seconds_hf=cpu_hf, batch_size=a.batch_size, attention=a.attention, threads=torch.get_num_threads(), work=ours.work)
             key = f"{a.part} {name}" + ("" if said == "none" else f", {said}")

@@ -8,16 +8,12 @@ __all__ = ['commands', 'demo', 'compare', 'record', 'identify', 'perplexity', 's
 
 # %% ../nbs/90_cli.ipynb #e05df8c6
 import os
-import re
-import signal
 import sys
-import threading
-import warnings
-from contextlib import contextmanager
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from fastcore.script import anno_parser
+from .core.shell import fail, in_a_shell, passes, read_command
 
 # %% ../nbs/90_cli.ipynb #9f0151e1
 def _langs(text: str) -> list[str]:
@@ -25,25 +21,27 @@ def _langs(text: str) -> list[str]:
     from langneuron_mi.text.languages import language
     return [language(t.strip()).code for t in text.split(",") if t.strip()]
 
+def _experiment():
+    from langneuron_mi.studies.comparison import Experiment
+    return [Experiment]
+
+@passes(fields=_experiment)
 def demo(
+    fields: dict, # of Experiment
     out: str = "runs/demo", # folder for report, tables, figures, provenance
-    langs: str = "en,de,fr,ru,zh,ja,ar,tr", # languages, with commas
-    tokens: int = 3000, # per language, for finding the neurons
-    held_out_tokens: int = 252, # per language, for measuring
-    facts: int = 12, # asked in every language
 ):
     "The main job on gemma-3-270m and Bible text: find, ablate, amplify, compare with shared and random neurons, report"
-    langs = _langs(langs)
     from langneuron_mi.studies.comparison import Experiment
-    return _run_experiment(Experiment(langs=langs, tokens=tokens, held_out_tokens=held_out_tokens, facts=facts, out=out))
+    return _run_experiment(Experiment(**fields, out=out))
 
+@passes(fields=_experiment)
 def compare(
-    experiment: str, # TOML file with fields of Experiment
-    out: str = "", # folder of results, instead of the file's
+    experiment: str, # TOML file with fields of Experiment; the options below come before the file's
+    fields: dict, # of Experiment
 ):
     "Run an experiment that is written down in a TOML file, and report"
     from langneuron_mi.studies.comparison import read_experiment
-    return _run_experiment(read_experiment(experiment, **({"out": out} if out else {})))
+    return _run_experiment(read_experiment(experiment, **fields))
 
 def _run_experiment(experiment) -> str:
     "Run, report, and say in a few sentences what came out."
@@ -51,52 +49,53 @@ def _run_experiment(experiment) -> str:
     return "\n".join([*result.sentences(), f"report: {Path(experiment.out)/'report.html'}"])
 
 # %% ../nbs/90_cli.ipynb #36134a7a
+def _recording():
+    from langneuron_mi.recording.record import Recording
+    return [Recording]
+
+def _cluster():
+    from langneuron_mi.scale.ray import RayEngine
+    return [RayEngine]
+
+@passes(recording=_recording, cluster=_cluster)
 def record(
     model: str, # bundled name, folder or hub id
     corpus: str, # bible, a folder of {lang}.txt / .jsonl / .parquet, or hub:ID
     langs: str, # languages, with commas
     out: str, # folder; an interrupted run goes on from it
-    tokens: int = 0, # per language; 0 = all there is
-    site: str = "gate", # gate or post
-    groups: str = "counts,moments", # what to keep, with commas, or all
-    texts: int = 100, # texts of each language for text_means and impact
-    layout: str = "packed", # packed, or texts: every text read alone
-    length: int = 256, # positions per window
-    batch_size: int = 8, # windows per forward pass
-    shard_size: int = 16, # windows per unit of work; 2048 for models of billions of weights on a cluster
+    recording: dict, # of Recording
+    cluster: dict, # of RayEngine
     held_out: float = 0.1, # share of the texts kept for measuring
-    seed: int = 0, # order and split of the texts
     revision: str = "", # of a hub id
     engine: str = "process", # process, or ray: on a cluster, with the same bits
-    workers: int = 0, # of the cluster; 0 = as many as it has room for
-    address: str = "", # of the cluster, host:port; this machine when not given
-    gpus: float = -1, # of each worker; .5 = two share one; -1 = one where the cluster has any
 ):
     "Record how often every neuron fires in every language"
-    langs = _langs(langs)
-    if tokens < 0: raise ValueError(f"--tokens {tokens}: give 1 or more, or 0 for all there is")
-    if min(batch_size, shard_size) < 1: raise ValueError(f"--batch_size {batch_size}, --shard_size {shard_size}: give 1 or more windows")
-    if engine == "process" and (workers or address or gpus >= 0): raise ValueError("--workers, --address and --gpus are for a cluster; add --engine ray")
+    named = _langs(langs)
+    if engine not in ("process", "ray"): raise ValueError(f"no engine {engine!r}; allowed are process and ray")
+    if engine == "process" and cluster: raise ValueError(f"--{next(iter(cluster))} is for a cluster; add --engine ray")
+    from langneuron_mi.recording.record import Recording, record
     from langneuron_mi.text.sources import load_corpus
-    from langneuron_mi.models.loading import load_model
-    from langneuron_mi.recording.stats import check_site
-    from langneuron_mi.recording.groups import choose
-    from langneuron_mi.recording.record import record
-    from langneuron_mi.text.windows import check_layout
-    check_site(site)
-    check_layout(layout)
-    keep = choose("all" if groups == "all" else [g.strip() for g in groups.split(",") if g.strip()])
-    train, _ = load_corpus(corpus, langs).split(held_out, seed=seed)
-    where = _where(engine, workers, address, gpus, model, revision) if engine != "process" else dict(model=load_model(model, revision=revision or None))
-    stats = record(corpus=train, tokens=tokens or None, site=site, groups=keep, texts=texts, layout=layout, length=length, batch_size=batch_size, shard_size=shard_size, seed=seed, out=out, **where)
+    how = Recording(**recording | _groups(recording))
+    train, _ = load_corpus(corpus, named).split(held_out, seed=how.seed)
+    where = _on_ray(model, revision, cluster) if engine == "ray" else _here(model, revision)
+    stats = record(corpus=train, recording=how, out=out, **where)
     return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {out.rstrip('/')}/stats.safetensors"
 
-def _where(engine: str, workers: int, address: str, gpus: float, model: str, revision: str) -> dict:
+def _groups(recording: dict) -> dict:
+    "The groups of `--groups counts,moments` or `--groups all`, which a shell gives as a list of words."
+    return {"groups": "all"} if recording.get("groups") == ("all",) else {}
+
+# %% ../nbs/90_cli.ipynb #af367936
+def _here(model: str, revision: str) -> dict:
+    "A model of this process."
+    from langneuron_mi.models.loading import load_model
+    return dict(model=load_model(model, revision=revision or None))
+
+def _on_ray(model: str, revision: str, cluster: dict) -> dict:
     "A cluster, and a model that only its workers load."
-    if engine != "ray": raise ValueError(f"no engine {engine!r}; allowed are process and ray")
     from langneuron_mi.scale.ray import RayEngine
-    from langneuron_mi.scale.workers import Recipe
-    return dict(model=Recipe(model, options=dict(revision=revision) if revision else {}), engine=RayEngine(workers or None, address or None, gpus=None if gpus < 0 else gpus))
+    from langneuron_mi.scale.recipes import Recipe
+    return dict(model=Recipe(model, options=dict(revision=revision) if revision else {}), engine=RayEngine(**cluster))
 
 # %% ../nbs/90_cli.ipynb #dee527ab
 def _stats(path: str):
@@ -105,45 +104,47 @@ def _stats(path: str):
     p = Path(path)
     return ActivationStats.load(p/"stats.safetensors" if p.is_dir() else p)
 
-_methods = dict(lape=("top", "filter", "bar"), lambda_score=("top", "bar", "lam"), activation_probability=("top", "by"), average_precision=("n",), plnd=(), language_activated=())
+def _methods():
+    from langneuron_mi.studies.study import METHODS
+    return list(METHODS.values())
 
+@passes(options=_methods)
 def identify(
     stats: str, # folder of a recording, or its stats.safetensors
     out: str, # file for the neurons, ends in .safetensors
+    options: dict, # of the method
     method: str = "lape", # lape, lambda_score, activation_probability, average_precision, plnd or language_activated
-    top: float = 0.0, # share of all neurons taken; 0 = the method's own default
-    filter: float = 0.95, # lape: quantile of rates that makes a neuron eligible
-    bar: float = 0.95, # lape, lambda_score: quantile of rates above which a language owns a taken neuron
-    lam: str = "auto", # lambda_score: weight of activity, or auto
-    by: str = "p90", # activation_probability: p75, p90, p95, rate, mean or mean_abs
-    n: int = 1000, # average_precision: neurons of the highest and of the lowest precision
     best: int = 0, # keep each language's best so many; 0 = all
 ):
     "Find each language's neurons with one of six methods"
     if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
-    if method not in _methods: raise ValueError(f"no method {method!r}; allowed are {', '.join(_methods)}")
-    from langneuron_mi.find import identification
-    if top and "top" not in _methods[method]: raise ValueError(f"{method} takes no --top; " + ("give --n" if method == "average_precision" else "use --best to keep the best of each language"))
-    try: weight = lam if lam == "auto" else float(lam)
-    except ValueError: raise ValueError(f"--lam is a number or auto, got {lam!r}") from None
-    given = dict(top=top, filter=filter, bar=bar, lam=weight, by=by, n=n)
-    use = {k: given[k] for k in _methods[method] if not (k == "top" and not top)}
-    if "n" in use: use = dict(top=use["n"], bottom=use["n"])
-    neurons = getattr(identification, method)(_stats(stats), **use)
+    from langneuron_mi.studies.study import METHODS, check_method
+    check_method(method, options)
+    neurons = METHODS[method](_stats(stats), **options)
     if best: neurons = neurons.best(best)
     neurons.save(out)
     return ", ".join(f"{l} {len(s)}" for l, s in neurons.items()) + f": {out}"
 
+# %% ../nbs/90_cli.ipynb #b8a60c51
+def _measured():
+    from langneuron_mi.measure.perplexity import Measured
+    return [Measured]
+
+def _control(found, seed: int, i: int):
+    "Random neurons in place of each language's; the second and later ones are numbered."
+    from dataclasses import replace
+    return replace(found.random_like(seed + i), method=f"random {i + 1}" if i else "random")
+
+@passes(measured=_measured)
 def perplexity(
     model: str, # the model the neurons were found in
     neurons: str, # file from identify
     corpus: str, # as in record; its held-out part is measured
     out: str, # CSV file
+    measured: dict, # of Measured
     langs: str = "", # languages of the text; those of the neurons when not given
-    tokens: int = 500, # per language
     held_out: float = 0.1, # as in record
-    seed: int = 0, # as in record
-    random: int = 1, # 1: measure random sets of equal size per layer too
+    controls: int = 1, # random sets, of equal size per layer, for each language
     revision: str = "", # of a hub id
 ):
     "Ablate each language's neurons and measure the perplexity of every language's held-out text"
@@ -151,100 +152,111 @@ def perplexity(
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
     from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.measure.perplexity import Measured, perplexity_matrix
     from langneuron_mi.text.sources import load_corpus
-    from langneuron_mi.models.loading import load_model
-    from langneuron_mi.measure.perplexity import perplexity_matrix
-    _, text = load_corpus(corpus, langs).split(held_out, seed=seed)
-    df = perplexity_matrix(load_model(model, revision=revision or None), text, [found] + ([found.random_like(seed)] if random else []), tokens=tokens, seed=seed,
-                           out=Path(out).with_suffix(".rows")).to_df()  # finished rows are kept there
-    df.insert(list(df).index("neurons_of") + 1, "n_neurons", df.neurons_of.map({l: len(s) for l, s in found.items()}).fillna(0).astype(int))
+    how = Measured(**measured)
+    _, text = load_corpus(corpus, langs).split(held_out, seed=how.seed)
+    sets = [found, *(_control(found, how.seed, i) for i in range(controls))]
+    kept = Path(out).with_suffix(".rows")  # finished rows are kept there
+    df = perplexity_matrix(**_here(model, revision), corpus=text, interventions=sets, measured=how, out=kept).to_df()
+    sizes = df.neurons_of.map({l: len(s) for l, s in found.items()}).fillna(0).astype(int)
+    df.insert(list(df).index("neurons_of") + 1, "n_neurons", sizes)
     with atomic_write(out) as tmp: df.to_csv(tmp, index=False)
     return f"{len(df)} rows, those of method none without any change: {out}"
 
 # %% ../nbs/90_cli.ipynb #7376ee27
+def _steering():
+    from langneuron_mi.studies.amplification import AmplificationStudy
+    return [AmplificationStudy]
+
+@passes(fields=_steering)
 def steer(
     study: str, # TOML file with fields of AmplificationStudy, such as experiments/amplification.toml; or "demo"
-    out: str = "", # folder of results, instead of the file's
-    model: str = "", # bundled name, folder or hub id, instead of the file's
-    langs: str = "", # languages, with commas, instead of the file's
-    factors: str = "", # with commas, instead of the file's: p_max, p_median, mean, +mean, x3, set10p ...
-    probes: str = "", # cldr, a folder of facts, or mlama, instead of the file's
-    facts: int = -1, # facts for each pair, instead of the file's; 0 = all
-    bases: str = "", # languages of the prompts, with commas
-    targets: str = "", # languages to steer to, with commas
-    positions: str = "", # which tokens are edited: all, prompt, generated or last
-    method: str = "", # how neurons are found: lape, lambda_score, average_precision ...
-    controls: int = -1, # random sets per target
+    fields: dict, # of AmplificationStudy, instead of the file's
 ):
     "Turn language neurons up and measure whether the model answers in their language"
     from langneuron_mi.studies.amplification import AmplificationStudy, read_study
-    given = {k: v for k, v in dict(out=out, model=model, langs=tuple(_langs(langs)), factors=tuple(f.strip() for f in factors.split(",") if f.strip()), probes=probes,
-                                       bases=tuple(_langs(bases)), targets=tuple(_langs(targets)), positions=positions, method=method).items() if v}
-    given |= ({} if facts < 0 else dict(facts=facts)) | ({} if controls < 0 else dict(controls=controls))
-    studies = [AmplificationStudy(**given | ({"facts": None} if facts == 0 else {}))] if study == "demo" else read_study(study, **given)
+    from langneuron_mi.studies.study import study_from
+    return _run_studies([study_from(AmplificationStudy, fields, "demo")] if study == "demo" else read_study(study, **fields))
+
+def _run_studies(studies) -> str:
+    "Run each, report, and say what came out."
     lines = []
     for s in studies: lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
     return "\n".join(lines)
 
+def _sharing():
+    from langneuron_mi.studies.sharing_study import SharingStudy
+    return [SharingStudy]
+
+@passes(fields=_sharing)
 def share(
-    prompts: str, # TOML file with fields of SharingStudy, such as experiments/sharing.toml; cldr, a folder of facts, a .json file of {language: [prompt, ...]}, or xnli
-    out: str = "", # folder of results; runs/sharing or the file's when not given
-    model: str = "", # bundled name, folder or hub id; gemma-3-270m or the file's
-    langs: str = "", # languages, with commas; all of a .json file when not given
-    items: int = -1, # items of each task; 0 = all
-    effects: int = -1, # items on which categories are ablated; 0 = none
-    top_k: int = 0, # neurons of a layer, for the share of the largest contributions
-    token: str = "", # last, or any
+    prompts: str, # TOML file with fields of SharingStudy; cldr, a folder of facts, xnli, or a .json file of {language: [prompt, ...]}
+    fields: dict, # of SharingStudy, instead of the file's
 ):
     "Which neurons do all languages share on the same prompts, what do they contribute, what is lost without them"
     from langneuron_mi.studies.sharing_study import SharingStudy, read_sharing
-    given = {k: v for k, v in dict(out=out, model=model, langs=tuple(_langs(langs)), token=token, top_k=top_k).items() if v}
-    given |= {k: v for k, v in dict(items=items, effects=effects).items() if v >= 0}
-    if prompts.endswith(".toml"): studies = read_sharing(prompts, **given)
-    else:
-        if prompts.endswith(".json") and not langs: given["langs"] = ()
-        studies = [SharingStudy(prompts=prompts, **given | ({"items": None} if items == 0 else {}))]
-    lines = []
-    for s in studies: lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
-    return "\n".join(lines)
+    from langneuron_mi.studies.study import study_from
+    if prompts.endswith(".toml"): return _run_studies(read_sharing(prompts, **fields))
+    if prompts.endswith(".json"): fields = dict(langs=()) | fields  # all languages of the file
+    return _run_studies([study_from(SharingStudy, dict(prompts=prompts) | fields, prompts)])
 
 # %% ../nbs/90_cli.ipynb #cf59670e
+def _evaluated():
+    from langneuron_mi.measure.tasks import evaluate
+    return [evaluate]
+
+def _matrix():
+    from langneuron_mi.measure.task_matrix import evaluate_matrix
+    return [evaluate_matrix]
+
+@passes(how=_evaluated, matrix=_matrix)
 def eval_(
     model: str, # bundled name, folder or hub id
     tasks: str, # lm-eval tasks, groups or tags, with commas
     out: str, # folder of results; an interrupted run goes on from it
+    how: dict, # of evaluate
+    matrix: dict, # of evaluate_matrix
     neurons: str = "", # file from identify; without it, the model as it is
     lang: str = "", # whose neurons; when not given, those of all, as a matrix of self and cross
     edit: str = "ablate", # or a factor: x2, =0, p_max, +mean ...
     stats: str = "", # folder of the recording, which p_max and the like need
-    limit: int = 0, # first items of each task; 0 = all
-    num_fewshot: int = -1, # examples in every prompt; -1 = the task's own number
-    data_dir: str = "", # folder of local data in the tasks' own schemas; the hub when not given
-    controls: int = 1, # matrix: random sets for each language
-    batch_size: int = 16, # rows at a time
-    seed: int = 0, # of the random sets
     revision: str = "", # of a hub id
 ):
     "Run lm-evaluation-harness tasks, with and without an intervention"
     if lang and not neurons: raise ValueError("--lang needs --neurons, the file it is found in")
+    if matrix and (lang or not neurons): raise ValueError(f"--{next(iter(matrix))} is of a matrix, which --neurons without --lang gives")
     lang = _langs(lang)[0] if lang else ""
-    from langneuron_mi.measure.tasks import chosen, evaluate
+    from langneuron_mi.measure.task_model import chosen
     change = chosen(neurons, lang, edit, stats or None) if neurons and lang else None  # a wrong word is told before anything is loaded
-    from langneuron_mi.measure.task_data import load_tasks
-    loaded = load_tasks([t.strip() for t in tasks.split(",") if t.strip()], data_dir or None, None if num_fewshot < 0 else num_fewshot)
-    from langneuron_mi.models.loading import load_model
+    loaded, how = _loaded_tasks(tasks, how)
+    how = _here(model, revision) | dict(tasks=loaded) | how | {"out": Path(out)/"answers"}
+    if not neurons or lang: return _evaluate(change, f"{lang}-{edit}" if neurons else "none", Path(out), how)
     from langneuron_mi.find.neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
-    how, hooked = dict(limit=limit or None, batch_size=batch_size, cache=Path(out)/"answers"), load_model(model, revision=revision or None)
-    if neurons and not lang:
-        found = evaluate_matrix(hooked, loaded, LanguageNeurons.load(neurons), edit=edit, stats=_stats(stats) if stats else None, controls=controls, seed=seed, **how)
-        return _write_matrix(found, Path(out))
-    name = f"{lang}-{edit}" if neurons else "none"
-    found = evaluate(hooked, loaded, change, **how)
-    found.save(Path(out)/f"{name}.safetensors")
+    recorded = _stats(stats) if stats else None
+    return _write_matrix(evaluate_matrix(neurons=LanguageNeurons.load(neurons), edit=edit, stats=recorded, **how, **matrix), Path(out))
+
+# %% ../nbs/90_cli.ipynb #c305933f
+def _loaded_tasks(tasks: str, how: dict) -> tuple[list, dict]:
+    "Tasks by name, and the options that are not about them."
+    from langneuron_mi.measure.task_data import load_tasks
+    names = [t.strip() for t in tasks.split(",") if t.strip()]
+    loaded = load_tasks(names, how.get("data_dir"), how.get("num_fewshot"))
+    return loaded, {k: x for k, x in how.items() if k not in ("data_dir", "num_fewshot")}
+
+# %% ../nbs/90_cli.ipynb #098054b6
+def _evaluate(change, name: str, out: Path, how: dict) -> str:
+    "One intervention on the tasks: a file, a table and a line a task."
     from langneuron_mi.core.artifacts import atomic_write
-    with atomic_write(Path(out)/f"{name}.csv") as tmp: found.to_df().to_csv(tmp, index=False)
-    return "\n".join([f"{r.task} {r.metric} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low == r.low else "") + f", {r.n:,} items" for r in found.to_df().itertuples()] + [f"results: {Path(out)/name}.csv"])
+    from langneuron_mi.measure.tasks import evaluate
+    found = evaluate(intervention=change, **how)
+    found.save(out/f"{name}.safetensors")
+    df = found.to_df()
+    with atomic_write(out/f"{name}.csv") as tmp: df.to_csv(tmp, index=False)
+    def interval(r): return f" [{r.low:.3f}, {r.high:.3f}]" if r.low == r.low else ""
+    rows = [f"{r.task} {r.metric} {r.value:.3f}{interval(r)}, {r.n:,} items" for r in df.itertuples()]
+    return "\n".join([*rows, f"results: {out/name}.csv"])
 
 def _write_matrix(found, out: Path) -> str:
     "Tables, figure and sentences of a task matrix."
@@ -257,24 +269,18 @@ def _write_matrix(found, out: Path) -> str:
     return "\n".join([*found.sentences(), f"results: {out/'matrix.csv'}"])
 
 # %% ../nbs/90_cli.ipynb #6a1070f2
+def _transfer():
+    from langneuron_mi.studies.transfer import TransferStudy
+    return [TransferStudy]
+
+@passes(fields=_transfer)
 def tune(
     study: str, # TOML file with fields of TransferStudy, such as experiments/no_transfer.toml
-    out: str = "", # folder of results, instead of the file's
-    model: str = "", # bundled name, folder or hub id, instead of the file's
-    task: str = "", # lm, align, xnli or xquad, instead of the file's
-    tune_langs: str = "", # languages to help, with commas
-    conditions: str = "", # with commas: none, own, union, random, shared (each with +attention too), attention, full
-    seeds: str = "", # with commas
+    fields: dict, # of TransferStudy, instead of the file's
 ):
     "Tune a language's neurons, random ones, the attention and everything, and measure whether the language gains"
-    langs = _langs(tune_langs)
-    try: numbers = tuple(int(n) for n in seeds.split(",") if n.strip())
-    except ValueError: raise ValueError(f"--seeds takes whole numbers with commas, got {seeds!r}") from None
     from langneuron_mi.studies.transfer import read_transfer
-    given = dict(out=out, model=model, task=task, tune_langs=tuple(langs), conditions=tuple(c.strip() for c in conditions.split(",") if c.strip()), seeds=numbers)
-    lines = []
-    for s in read_transfer(study, **{k: v for k, v in given.items() if v}): lines += [*s.run().sentences(), f"report: {Path(s.out)/'report.html'}"]
-    return "\n".join(lines)
+    return _run_studies(read_transfer(study, **fields))
 
 # %% ../nbs/90_cli.ipynb #653966b6
 def report(
@@ -283,11 +289,13 @@ def report(
     "Write the report of an experiment again, from what it kept"
     from langneuron_mi.core.artifacts import load_json
     from langneuron_mi.studies.comparison import Experiment
+    from langneuron_mi.studies.study import study_from
     facts = load_json(Path(folder)/"provenance.json")
-    if "experiment" not in facts: raise ValueError(f"{folder} holds no experiment" + ("; it is a steering study, whose report langneuron steer writes" if "study" in facts else ""))
+    also = "; it is a steering study, whose report langneuron steer writes" if "study" in facts else ""
+    if "experiment" not in facts: raise ValueError(f"{folder} holds no experiment{also}")
     if made := [k for k, x in facts["experiment"].items() if str(x).startswith("<")]:
         raise ValueError(f"{folder} was made in Python from objects ({', '.join(made)}); call experiment.run() there again")
-    return _run_experiment(Experiment(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["experiment"].items()} | {"out": folder}))
+    return _run_experiment(study_from(Experiment, facts["experiment"] | {"out": folder}, folder))
 
 def info(
     artifact: str, # a file this package wrote, or "versions"
@@ -298,42 +306,23 @@ def info(
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
-commands = {f.__name__.strip("_"): f for f in (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info)}
+_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info)
+commands = {f.__name__.strip("_"): f for f in _all}
 
 # %% ../nbs/90_cli.ipynb #785eaefc
 def _usage() -> str:
     "The list of commands."
     width = max(map(len, commands))
     rows = "\n".join(f"  {name:<{width}}  {f.__doc__}" for name, f in commands.items())
-    return f"usage: langneuron COMMAND [options]\n\nFind, ablate and amplify language-specific neurons.\n\n{rows}\n\nlangneuron COMMAND --help tells a command's options."
+    head = "usage: langneuron COMMAND [options]\n\nFind, ablate and amplify language-specific neurons."
+    return f"{head}\n\n{rows}\n\nlangneuron COMMAND --help tells a command's options."
 
-def _fail(where: str, message: object, code: int = 2) -> int:
-    "One line on stderr."
-    print(f"{where}: " + " ".join(str(message).split()), file=sys.stderr)
-    return code
-
-def _parse(name: str, argv: list[str]) -> dict:
-    "Arguments of a command; argparse's complaint becomes one line."
-    parser = anno_parser(commands[name], prog=f"langneuron {name}")
-    def error(message): raise SystemExit(_fail(f"langneuron {name}", f"{message}; langneuron {name} --help tells the options"))
-    parser.error = error
-    argv = [re.sub("(?<=[a-z])-(?=[a-z])", "_", a) if a.startswith("--") and "=" not in a else a for a in argv]  # --held-out is --held_out
-    args = vars(parser.parse_args(argv))
-    return {k: v for k, v in args.items() if k not in ("pdb", "xtra")}
+def _read(name: str, argv: Sequence[str]) -> dict:
+    "Arguments of a command; what is wrong becomes one line."
+    def stop(message): raise SystemExit(fail(f"langneuron {name}", f"{message}; langneuron {name} --help tells the options"))
+    return read_command(commands[name], argv, f"langneuron {name}", stop)
 
 # %% ../nbs/90_cli.ipynb #b42c885a
-@contextmanager
-def _in_a_shell(where: str):
-    "Every warning in one line; SIGTERM, which a cluster sends before it takes the machine away, ends a command as Ctrl-C does."
-    def stop(*_): raise KeyboardInterrupt("stopped by SIGTERM")
-    ours = threading.current_thread() is threading.main_thread()
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _fail(where, f"warning: {message}")
-        before = signal.signal(signal.SIGTERM, stop) if ours else None
-        try: yield
-        finally:
-            if ours: signal.signal(signal.SIGTERM, before)
-
 def main(argv: list[str] | None = None # default: the process's own
         ) -> int: # exit code: 0 done, 2 wrong input, 130 interrupted
     "Entry point of `langneuron`."
@@ -342,13 +331,13 @@ def main(argv: list[str] | None = None # default: the process's own
         print(_usage())
         return 0
     if argv[0] not in commands:
-        near = get_close_matches(argv[0], commands, 1)
-        return _fail("langneuron", f"no command {argv[0]!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"Commands are {', '.join(commands)}")
-    args = _parse(argv[0], argv[1:])
+        near = [f"did you mean {c!r}? " for c in get_close_matches(argv[0], commands, 1)]
+        return fail("langneuron", f"no command {argv[0]!r}; {''.join(near)}Commands are {', '.join(commands)}")
+    args = _read(argv[0], argv[1:])
     try:
-        with _in_a_shell(f"langneuron {argv[0]}"): print(commands[argv[0]](**args))
-    except KeyboardInterrupt as e: return _fail(f"langneuron {argv[0]}", str(e) or "interrupted", 130)
+        with in_a_shell(f"langneuron {argv[0]}"): print(commands[argv[0]](**args))
+    except KeyboardInterrupt as e: return fail(f"langneuron {argv[0]}", str(e) or "interrupted", 130)
     except (ValueError, LookupError, OSError, TypeError, ImportError, RuntimeError) as e:
         if os.environ.get("LANGNEURON_DEBUG"): raise
-        return _fail(f"langneuron {argv[0]}", e)
+        return fail(f"langneuron {argv[0]}", e)
     return 0

@@ -12,7 +12,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook("langneuron_mi", "typecheck.typechecker")
 torch.set_num_threads(1)
-settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 settings.load_profile("tests")
 
 

@@ -17,13 +17,32 @@ def hooked_transformer(hf, tok):
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
     c = hf.config
     cfg = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_ctx=128, d_head=c.hidden_size // c.num_attention_heads, n_heads=c.num_attention_heads,
-        n_key_value_heads=c.num_key_value_heads if c.num_key_value_heads != c.num_attention_heads else None, d_mlp=c.intermediate_size, d_vocab=c.vocab_size, act_fn="silu",
-        normalization_type="RMS", gated_mlp=True, positional_embedding_type="rotary", rotary_dim=c.hidden_size // c.num_attention_heads,
-        rotary_adjacent_pairs=False, final_rms=True, eps=c.rms_norm_eps, original_architecture="LlamaForCausalLM", dtype=torch.float32, device="cpu", model_name="tiny-llama",
-        rotary_base=int(_rope_theta(c)))
+        n_layers=c.num_hidden_layers,
+        d_model=c.hidden_size,
+        n_ctx=128,
+        d_head=c.hidden_size // c.num_attention_heads,
+        n_heads=c.num_attention_heads,
+        n_key_value_heads=c.num_key_value_heads if c.num_key_value_heads != c.num_attention_heads else None,
+        d_mlp=c.intermediate_size,
+        d_vocab=c.vocab_size,
+        act_fn="silu",
+        normalization_type="RMS",
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_dim=c.hidden_size // c.num_attention_heads,
+        rotary_adjacent_pairs=False,
+        final_rms=True,
+        eps=c.rms_norm_eps,
+        original_architecture="LlamaForCausalLM",
+        dtype=torch.float32,
+        device="cpu",
+        model_name="tiny-llama",
+        rotary_base=int(_rope_theta(c)),
+    )
     model = HookedTransformer(cfg, tokenizer=None)
-    model.load_and_process_state_dict(convert_llama_weights(hf, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False)
+    model.load_and_process_state_dict(
+        convert_llama_weights(hf, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
     model.tokenizer = tok
     return model.eval()
 

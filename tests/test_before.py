@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from langneuron_mi import ActivationStats, LanguageNeurons, PerplexityMatrix, lape, load_corpus, load_model, perplexity_matrix, planted_model
+from langneuron_mi import (
+    ActivationStats,
+    LanguageNeurons,
+    PerplexityMatrix,
+    lape,
+    load_corpus,
+    load_model,
+    perplexity_matrix,
+    planted_model,
+)
 from langneuron_mi import random_neurons, record
 from langneuron_mi.share.effect import CategoryEffect
 

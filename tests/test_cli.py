@@ -20,7 +20,8 @@ def run(*args):
 
 
 def test_cli_help_imports_nothing_heavy():
-    code = "import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({'torch','transformers','transformer_lens','pandas','plotly'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly"}
+    code = f"import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({heavy} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "usage: langneuron" in out and out.strip().endswith("[]")
     for name in commands:
@@ -38,7 +39,7 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
 @pytest.mark.parametrize("argv, words", [
     (["recrod"], "did you mean 'record'"),
     (["demo", "--langs", "en,ger"], "did you mean"),
-    (["demo", "--tokens", "many"], "invalid"),
+    (["demo", "--tokens", "many"], "--tokens: got 'many'; give a whole number"),
     (["demo", "--langs", "en de"], "no language 'en de'"),
     (["identify", "x", "neurons.csv"], ".safetensors"),
     (["record", "gemma-3-270m", "bible", "en,ger", "x"], "no language 'ger'"),
@@ -46,11 +47,15 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
     (["identify", "/no/such/file", "x.safetensors"], "/no/such/file"),
     (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
     (["compare", "/no/such.toml"], "no experiment file /no/such.toml; give a TOML file"),
-    (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "--batch_size 0"),
-    (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "--shard_size 0"),
-    (["record", "./no_model", "bible", "en", "x", "--tokens=-5"], "0 for all there is"),
+    (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "batch_size=0: give 1 or more windows"),
+    (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "shard_size=0: give 1 or more windows"),
+    (["record", "./no_model", "bible", "en", "x", "--tokens=-5"], "tokens=-5: give 1 or more"),
     (["record", "./no_model", "bible", "en", "x", "--layout", "foo"], "allowed are 'packed' and 'texts'"),
     (["record", "./no_model", "bible", "en", "x", "--workers", "2"], "add --engine ray"),
+    (["record", "./no_model", "bible", "en", "x", "--batchsize", "2"], "did you mean 'batch_size'"),
+    (["identify", "x", "x.safetensors", "--n", "5"], "identify has no 'n'; it has bar, best"),
+    (["steer", "demo", "--factor", "x3"], "did you mean 'factors'"),
+    (["eval", "m", "xcopa_it", "x", "--controls", "2"], "--controls is of a matrix"),
     (["record", "./no_model", "bible", "en", "x"], "no folder ./no_model; give a folder with config.json"),
     (["info", __file__], "is no safetensors file; give a file that this package wrote"),
     (["report", "/no/such"], "/no/such"),
@@ -82,17 +87,47 @@ def test_cli_the_whole_way(tmp_path, capsys):
     found = LanguageNeurons.load(tmp_path / "neurons.safetensors")
     assert all(r.n_neurons == (0 if r.method == "none" else len(found[r.neurons_of])) for r in df.itertuples())
     assert f"{len(df)} rows" in capsys.readouterr().out
-    assert main(["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]) == 2
+    assert (
+        main(
+            ["perplexity", model, str(tmp_path / "neurons.safetensors"), text, str(tmp_path / "seen.csv"), "--tokens", "60", "--seed", "5"]
+        )
+        == 2
+    )
     assert "the same --held_out and --seed as in record" in capsys.readouterr().err
-    assert main(["eval", model, "xcopa_it", str(tmp_path / "eval"), "--neurons", str(tmp_path / "neurons.safetensors"), "--lang", "fr", "--edit", "zap"]) == 2
+    assert (
+        main(
+            [
+                "eval",
+                model,
+                "xcopa_it",
+                str(tmp_path / "eval"),
+                "--neurons",
+                str(tmp_path / "neurons.safetensors"),
+                "--lang",
+                "fr",
+                "--edit",
+                "zap",
+            ]
+        )
+        == 2
+    )
     assert "'zap'" in capsys.readouterr().err  # before tasks and model are loaded
     assert main(["info", str(tmp_path / "neurons.safetensors")]) == 0
     assert '"kind"' in capsys.readouterr().out
-    config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
+    config = f'model = "{model}"\ncorpus = "{text}"\nlangs = ["en", "de", "fr"]\ntokens = 400\n'
+    config += f'held_out_tokens = 60\nnew_tokens = 3\nout = "{tmp_path / "exp"}"\n'
     (tmp_path / "e.toml").write_text(config)
     assert main(["compare", str(tmp_path / "e.toml")]) == 0
     assert (tmp_path / "exp/report.html").exists()
-    assert list(pd.read_csv(tmp_path / "exp/tables/perplexity.csv").columns) == ["method", "neurons_of", "text_lang", "ratio", "low", "high", "n_tokens"]
+    assert list(pd.read_csv(tmp_path / "exp/tables/perplexity.csv").columns) == [
+        "method",
+        "neurons_of",
+        "text_lang",
+        "ratio",
+        "low",
+        "high",
+        "n_tokens",
+    ]
     assert main(["report", str(tmp_path / "exp")]) == 0
     (tmp_path / "e.toml").write_text(config.replace("tokens = 400", "tokenz = 400"))
     assert main(["compare", str(tmp_path / "e.toml")]) == 2
@@ -111,3 +146,24 @@ def test_cli_sigterm_ends_as_ctrl_c_does(monkeypatch, capsys):
     monkeypatch.setitem(commands, "info", lambda artifact: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
     assert main(["info", "x"]) == 130 and capsys.readouterr().err == "langneuron info: stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_cli_options_are_the_fields_and_read_their_own_defaults():
+    from dataclasses import MISSING, fields
+    from langneuron_mi.core.shell import options, read_command, readable
+    from langneuron_mi.core.settings import annotations
+
+    for name, (concern, needed) in dict(
+        demo=("fields", []),
+        steer=("fields", ["demo"]),
+        share=("fields", ["cldr"]),
+        tune=("fields", ["x.toml"]),
+        perplexity=("measured", list("abcd")),
+        record=("recording", list("abcd")),
+    ).items():
+        (cls,) = commands[name].concerns[concern]()
+        defaults = {f.name: f.default for f in fields(cls) if readable(annotations(cls)[f.name]) and f.default is not MISSING}
+        assert set(defaults) == set(options(cls)) and len(defaults) > 3
+        words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in defaults.items() if k not in ("out", "prompts")}
+        told = read_command(commands[name], [*needed, *(f"--{k}={w}" for k, w in words.items())])[concern]
+        assert told == {k: defaults[k] for k in words}

@@ -1,6 +1,7 @@
 "The house: floors that lean only on those above them, lazily or not; README's map; names at the door."
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,8 @@ def test_map_no_floor_leans_on_one_below_it():
 
 
 def test_map_no_rooms_stand_in_a_circle():
-    assert house.circles(house.edges()) == []
+    assert house.circles(house.edges()) == [] == house.circles(house.benchmarks())
+    assert "common" in house.benchmarks()["peers"]
 
 
 def test_map_sees_every_kind_of_import():
@@ -36,11 +38,12 @@ def test_map_sees_every_kind_of_import():
     assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
 
 
-def test_map_is_on_readme():
-    text = (ROOT/"README.md").read_text(encoding="utf-8")
-    linked = re.findall(r"\]\(nbs/((?:[a-z_]+/)?\d+_\w+\.ipynb)\)", text)
-    assert sorted(n for n in linked if not n.startswith(("tutorials/", "how_to/", "explanations/"))) == NOTEBOOKS
-    assert house.mermaid(house.edges()) in text
+def test_map_is_on_readme_and_lists_every_room():
+    assert house.mermaid(house.edges()) in (ROOT/"README.md").read_text(encoding="utf-8")
+    page = json.loads((ROOT/"nbs/explanations/the_house.ipynb").read_text(encoding="utf-8"))
+    text = "\n".join("".join(c["source"]) for c in page["cells"])
+    assert house.listed() in text, "run python tools/map.py --write"
+    assert sorted(re.findall(r"\]\(\.\./([a-z_/]*\d+_\w+\.ipynb)\) \|", text)) == NOTEBOOKS
 
 
 def test_map_numbers_are_unique_in_a_folder():
@@ -54,10 +57,15 @@ def test_map_no_name_of_the_door_is_a_module_beside_it():
 
 
 def test_map_only_the_door_imports_by_name():
-    for path in (ROOT/"langneuron_mi").rglob("*.py"):
-        if path == ROOT/"langneuron_mi/__init__.py" or path.name == "_modidx.py": continue
-        names = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)}
-        assert not names & {"import_module", "locals"} or path.name == "task_data.py", path
+    for path in (ROOT / "langneuron_mi").rglob("*.py"):
+        if path == ROOT / "langneuron_mi/__init__.py" or path.name == "_modidx.py":
+            continue
+        names = {
+            getattr(n.func, "attr", getattr(n.func, "id", ""))
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Call)
+        }
+        assert not names & {"import_module", "locals"}, path
 
 
 def test_map_links_stay_inside_the_tree():
@@ -67,5 +75,6 @@ def test_map_links_stay_inside_the_tree():
 
 
 def test_map_functions_come_through_the_door_in_any_order():
-    code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\nassert callable(sharing) and len(languages())"
+    code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\n"
+    code += "assert callable(sharing) and len(languages())"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

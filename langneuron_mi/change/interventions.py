@@ -30,7 +30,9 @@ class Current:
 
     def __post_init__(self):
         if self.kind not in ("quantile", "max"): raise ValueError(f"no test-time value {self.kind!r}; allowed are 'quantile' and 'max'")
-        if not 0 <= self.q <= 1: raise ValueError(f"a quantile is a share from 0 to 1; got {self.q}" + (f": did you mean {self.q/100}?" if 1 < self.q <= 100 else ""))
+        if 0 <= self.q <= 1: return
+        hint = f": did you mean {self.q/100}?" if 1 < self.q <= 100 else ""
+        raise ValueError(f"a quantile is a share from 0 to 1; got {self.q}{hint}")
     def __str__(self) -> str: return "the layer's maximum" if self.kind == "max" else f"the layer's {100*self.q:g} % quantile"
     def of(self, a: Float[Tensor, "*row d_mlp"]) -> Float[Tensor, "*row"]:
         "The value at each token."
@@ -59,12 +61,19 @@ class Edit:
     def __post_init__(self):
         if self.op not in _ops: raise ValueError(f"no operator {self.op!r}; allowed are {', '.join(_ops)}")
         if self.positions not in POSITIONS: raise ValueError(f"no positions {self.positions!r}; allowed are {', '.join(POSITIONS)}")
-        if not torch.isfinite(self.value).all(): raise ValueError(f"{self.name or self.op}: values must be finite, {int((~torch.isfinite(self.value)).sum())} are not")
+        if n := int((~torch.isfinite(self.value)).sum()): raise ValueError(f"{self.name or self.op}: values must be finite, {n} are not")
     @property
     def needs_up(self) -> bool: return self.op in ("set", "add")
     @property
     def identity(self) -> bool: # changes nothing, so no hook is needed
-        return len(self.neurons) == 0 or (self.op == "scale" and bool((self.value == 1).all())) or (self.op == "add" and bool((self.value == 0).all()))
+        nothing = dict(scale=1, add=0).get(self.op)
+        return len(self.neurons) == 0 or (nothing is not None and bool((self.value == nothing).all()))
+
+# %% ../../nbs/change/00_interventions.ipynb #82906037
+def _what(e: Edit) -> list:
+    "What decides an edit's effect; a value that is not in use leaves no trace."
+    current, positions = [str(e.current)] if e.current else [], [e.positions] if e.positions != "all" else []
+    return [e.op, e.neurons.fingerprint, e.value, *current, *positions]
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
@@ -78,12 +87,12 @@ class Intervention:
     @property
     def name(self) -> str: return " + ".join(e.name for e in self.edits) or "none"
     @property
-    def fingerprint(self) -> str:
-        return fingerprint([[e.op, e.neurons.fingerprint, e.value, *([str(e.current)] if e.current else []), *([e.positions] if e.positions != "all" else [])] for e in self.edits])
+    def fingerprint(self) -> str: return fingerprint([_what(e) for e in self.edits])
     def where(self, positions: str, # "all", "prompt", "generated" or "last"
              ) -> "Intervention":
         "The same edits, at these tokens only."
-        return Intervention(tuple(replace(e, positions=positions, name=e.name if positions == "all" else f"{e.name}, {positions}") for e in self.edits))
+        name = lambda e: e.name if positions == "all" else f"{e.name}, {positions}"
+        return Intervention(tuple(replace(e, positions=positions, name=name(e)) for e in self.edits))
     def __repr__(self) -> str: return f"Intervention({self.name})"
     def __enter__(self): raise TypeError(f"{self!r} needs a model: write `with intervention.on(model):`")
     def __exit__(self, *exc): return None
@@ -97,7 +106,8 @@ def _values(neurons, v) -> Float[Tensor, "neuron"]: # per neuron of the set
     if isinstance(v, SiteValue):
         if not v.settable: raise ValueError(f"{v.name} is not an activation to set neurons to; use stats.value(lang, 'mean') or 'max'")
         if v.site != neurons.site:
-            raise ValueError(f"{v.name or 'the value'} was recorded at site {v.site!r}, but the neurons were found at {neurons.site!r}; record at one site")
+            raise ValueError(f"{v.name or 'the value'} was recorded at site {v.site!r}, but the neurons were found at {neurons.site!r}; "
+                             "record at one site")
         if v.model and neurons.model and v.model != neurons.model:
             raise ValueError(f"{v.name or 'the value'} belongs to model {v.model}, the neurons to {neurons.model}")
         if tuple(v.values.shape) != tuple(neurons.shape):
@@ -105,7 +115,8 @@ def _values(neurons, v) -> Float[Tensor, "neuron"]: # per neuron of the set
         return v.values[neurons.mask()].double()
     v = torch.as_tensor(v, dtype=torch.float64)
     if v.ndim == 0: return torch.full((len(neurons),), v.item(), dtype=torch.float64)
-    if v.shape != (len(neurons),): raise ValueError(f"{tuple(v.shape)} values for {len(neurons)} neurons; give one number, one per neuron, or stats.value(...)")
+    if v.shape != (len(neurons),):
+        raise ValueError(f"{tuple(v.shape)} values for {len(neurons)} neurons; give one number, one per neuron, or stats.value(...)")
     return v
 
 def _edit(op: str, neurons, value, name: str, scale: float = 1.) -> Intervention:
@@ -155,11 +166,22 @@ def check_model(neurons: NeuronSet, # neurons found in some model
                ) -> None:
     "Refuse neurons of another model."
     if tuple(neurons.shape) != v.shape:
-        raise ValueError(f"these neurons belong to a model of {neurons.shape[0]} layers × {neurons.shape[1]} neurons; {v.model_id} has {v.n_layers} × {v.d_mlp}")
+        raise ValueError(f"these neurons belong to a model of {neurons.shape[0]} layers × {neurons.shape[1]} neurons; "
+                         f"{v.model_id} has {v.n_layers} × {v.d_mlp}")
     if neurons.model and neurons.model != v.fingerprint:
         raise ValueError(f"these neurons were found in a model with fingerprint {neurons.model}; {v.model_id} has {v.fingerprint}. "
                          "If you mean it (a fine-tuned version, say), use neurons.assume(view(model).fingerprint)")
 
+def _here(v: ModelView, positions: str, x: Tensor) -> Tensor | None: # bool [batch or 1, pos, 1]; None = everywhere
+    "Where an edit applies in the running forward pass."
+    if positions == "all": return None
+    n = x.shape[1]
+    known = v.prompt if v.prompt is not None else v.prefill if v.offset else n
+    prompt = torch.as_tensor(known, device=x.device).reshape(-1, 1, 1)
+    at = v.offset + torch.arange(n, device=x.device)[None, :, None]
+    return dict(prompt=at < prompt, generated=at >= prompt, last=at >= prompt - 1)[positions]
+
+# %% ../../nbs/change/00_interventions.ipynb #20421b02
 @dataclass(eq=False)
 class _LayerEdits:
     "All edits of one layer, as one hook function per tensor they need."
@@ -193,36 +215,31 @@ class _LayerEdits:
         self.up = self.now = None
         return post
 
-def _here(v: ModelView, positions: str, x: Tensor) -> Tensor | None: # bool [batch or 1, pos, 1]; None = everywhere
-    "Where an edit applies in the running forward pass."
-    if positions == "all": return None
-    n = x.shape[1]
-    known = v.prompt if v.prompt is not None else v.prefill if v.offset else n
-    prompt = torch.as_tensor(known, device=x.device).reshape(-1, 1, 1)
-    at = v.offset + torch.arange(n, device=x.device)[None, :, None]
-    return dict(prompt=at < prompt, generated=at >= prompt, last=at >= prompt - 1)[positions]
-
 # %% ../../nbs/change/00_interventions.ipynb #e32ce1d6
+def _layer_triples(v: ModelView, edits: list[Edit], layer: int) -> list[tuple[int, str, Callable]]:
+    "Hooks of one layer: its activation and up(x) where a step needs them, then the edit."
+    steps, gated, site = [], False, edits[0].neurons.site
+    for e in edits:
+        here = e.neurons.neurons_in(layer)
+        if not len(here): continue
+        start = int(e.neurons.per_layer()[:layer].sum())
+        steps.append((e, here, e.value[start:start + len(here)]))
+        gated = gated or (e.needs_up and v.gated and e.neurons.site == "gate")
+    needs_all = v.gated and site == "gate" and any(e.current for e, _, _ in steps)
+    todo = _LayerEdits(v, steps, v.b_in(layer) if site == "gate" else None, gated, v.act_fn(layer) if needs_all else None)
+    before = [(layer, "pre", todo.keep_now)] if needs_all else []
+    if gated: before.append((layer, "pre_linear", todo.keep_up))
+    return [*before, (layer, "post", todo.edit)]
+
 @patch
 def _triples(self: Intervention, v: ModelView) -> list[tuple[int, str, Callable]]:
     "Hooks of this intervention: (layer, kind, function)."
     edits = [e for e in self.edits if not e.identity]
     for e in self.edits: check_model(e.neurons, v)
-    triples = []
-    for layer in sorted({int(l) for e in edits for l in e.neurons.per_layer().nonzero().flatten()}):
-        steps, gated = [], False
-        for e in edits:
-            here = e.neurons.neurons_in(layer)
-            if not len(here): continue
-            start = int(e.neurons.per_layer()[:layer].sum())
-            steps.append((e, here, e.value[start:start + len(here)]))
-            gated = gated or (e.needs_up and v.gated and e.neurons.site == "gate")
-        at_gate = v.gated and edits[0].neurons.site == "gate"
-        needs_all = at_gate and any(e.current for e, _, _ in steps)
-        todo = _LayerEdits(v, steps, v.b_in(layer) if edits[0].neurons.site == "gate" else None, gated, v.act_fn(layer) if needs_all else None)
-        triples += ([(layer, "pre", todo.keep_now)] if needs_all else []) + ([(layer, "pre_linear", todo.keep_up)] if gated else []) + [(layer, "post", todo.edit)]
-    return triples
+    layers = sorted({int(l) for e in edits for l in e.neurons.per_layer().nonzero().flatten()})
+    return [t for layer in layers for t in _layer_triples(v, edits, layer)]
 
+# %% ../../nbs/change/00_interventions.ipynb #56532fad
 @patch
 @contextmanager
 def on(self: Intervention, model # a hooked model

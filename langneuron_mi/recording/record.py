@@ -23,11 +23,11 @@ from ..models.hooked import ModelView
 from ..models.view import view
 from .groups import finish, groups, merge
 from .recorder import Recorder, RecordingError, Shard, one_language, shards
-from .stats import ActivationStats, _sorted_out, load_texts, save_texts
+from .stats import ActivationStats, _sorted_out, check_site, load_texts, save_texts
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..text.languages import language
-from ..text.windows import TokenWindows, pack
+from ..text.windows import TokenWindows, check_layout, pack
 
 # %% ../../nbs/recording/03_record.ipynb #06e13334
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class Recording:
     shard_size: int = 16 # windows per shard; 2048 for models of billions of weights on a cluster
     seed: int = 0 # order of the texts
     checkpoint_every: float | int = 20. # seconds between two writes of the sums so far
+
+    def __post_init__(self):
+        check_site(self.site)
+        check_layout(self.layout)
+        if isinstance(self.tokens, int) and self.tokens < 1: raise ValueError(f"tokens={self.tokens}: give 1 or more, or None for all")
+        if self.shard_size < 1: raise ValueError(f"shard_size={self.shard_size}: give 1 or more windows")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: give 1 or more windows, or \"auto\"")
 
 # %% ../../nbs/recording/03_record.ipynb #7e815117
 @dataclass(frozen=True)

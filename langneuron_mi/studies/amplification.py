@@ -148,7 +148,7 @@ def _generate(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: 
     rows = {(f, kind, t): _intervention(make, neurons, kind, None, t).where(self.positions)
             for f, make in _factors(self.factors, stats).items() for kind in kinds for t in targets}
     prompts = {language(l).code: list(p) for l, p in self.prompts.items()}
-    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, out=Path(self.out)/"texts.json", progress=progress)
+    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, out=Path(self.out)/"texts", progress=progress)
 
 @patch
 def _tasks(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: ActivationStats, progress: bool) -> dict:
@@ -156,7 +156,7 @@ def _tasks(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: Act
     if not self.tasks: return {}
     out, given = Path(self.out), dict(controls=self.controls) | self.tasks
     names, chosen = given.pop("names"), given.pop("factors", self.factors[:1])
-    found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, cache=out/"answers", progress=progress, **given)
+    found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, out=out/"answers", progress=progress, **given)
              for f in chosen}
     for f, m in found.items(): m.save(out/"tasks"/f"{_file(f)}.safetensors")
     return found

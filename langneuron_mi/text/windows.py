@@ -230,7 +230,7 @@ def _asked(tokens: int | Mapping[str, int] | None, langs: tuple[str, ...]) -> di
         if missing: raise CorpusError(f"tokens= names no number for {missing}; give one for every language, or one number for all")
     asked = {l: tokens[l] if isinstance(tokens, Mapping) else tokens for l in langs}
     bad = next((n for n in asked.values() if n is not None and n < 1), None)
-    if bad is not None: raise CorpusError(f"tokens={bad}: give 1 or more, or None for all (--tokens 0 on the command line)")
+    if bad is not None: raise CorpusError(f"tokens={bad}: give 1 or more, or None for all")
     return {l: n if n is None else int(n) for l, n in asked.items()}
 
 def _check_stream(lang: str, stream: _Stream, asked: int | None) -> None:

@@ -30,7 +30,8 @@ def plain_edit(hf, fn):
             def gate(mod, inp, out, l=l): kept["gate", l] = out
             def up(mod, inp, out, l=l): kept["up", l] = out
             def down(mod, inp, l=l, mlp=mlp): return (fn(l, mlp.act_fn(kept["gate", l]).clone()) * kept["up", l],)
-            handles += [mlp.gate_proj.register_forward_hook(gate), mlp.up_proj.register_forward_hook(up), mlp.down_proj.register_forward_pre_hook(down)]
+            handles += [mlp.gate_proj.register_forward_hook(gate), mlp.up_proj.register_forward_hook(up)]
+            handles += [mlp.down_proj.register_forward_pre_hook(down)]
         else:
             proj = mlp.dense_4h_to_h if hasattr(mlp, "dense_4h_to_h") else mlp.c_proj
             handles.append(proj.register_forward_pre_hook(lambda mod, inp, l=l: (fn(l, inp[0].clone()),)))
@@ -101,7 +102,8 @@ def test_interventions_generation_equals_a_plain_hook(arch, case):
         intervention, edit = cases(v.shape)[case]
         rows = [tok(p).input_ids for p in prompts]
         with plain_edit(hf, edit):
-            want = [tok.decode(hf.generate(torch.tensor([r]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, len(r):], skip_special_tokens=True) for r in rows]
+            alone = [hf.generate(torch.tensor([r]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, len(r):] for r in rows]
+            want = [tok.decode(ids, skip_special_tokens=True) for ids in alone]
         with intervention.on(model):
             for use_cache in (True, False):
                 assert v.generate(prompts, 6, use_cache=use_cache) == want, (name, use_cache)
@@ -144,7 +146,8 @@ def test_interventions_fwd_hooks_mix_with_transformer_lens():
         with i.on(model):
             want = v.logits(ids)
         seen = []
-        got = model.run_with_hooks(ids, fwd_hooks=i.fwd_hooks(model) + [("blocks.1.mlp.hook_post", lambda act, hook: seen.append(act.shape))])
+        mine = [("blocks.1.mlp.hook_post", lambda act, hook: seen.append(act.shape))]
+        got = model.run_with_hooks(ids, fwd_hooks=i.fwd_hooks(model) + mine)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         assert seen
 
@@ -198,7 +201,8 @@ def test_interventions_that_are_on_are_never_measured_as_the_untouched_model():
     texts = {"en": ["a b c d e f"] * 9}
     from langneuron_mi.measure.perplexity import perplexity_matrix
     with ablate(s).on(model):
-        for measure in (lambda: record(model, texts, progress=False), lambda: perplexity_matrix(model, texts, tokens=20, length=16, progress=False)):
+        for measure in (lambda: record(model, texts, progress=False),
+                        lambda: perplexity_matrix(model, texts, tokens=20, length=16, progress=False)):
             with pytest.raises(ValueError, match="an intervention is on .ablate 2"):
                 measure()
     record(model, texts, progress=False)
@@ -208,7 +212,8 @@ def test_interventions_given_the_wrong_thing_say_what_is_wanted():
     hf, tok = tiny_model("llama")
     stats = record(load_model(hf, tokenizer=tok), {"en": ["a b c d"], "de": ["e f g h"]}, progress=False)
     s = NeuronSet([(0, 1)], shape=(2, 64))
-    for bad, words in [(lambda: ablate({"de": s}), "one language's neurons"), (lambda: amplify([(0, 1)], by=2), "NeuronSet"), (lambda: amplify(s, to="mean"), "stats.value"),
+    for bad, words in [(lambda: ablate({"de": s}), "one language's neurons"), (lambda: amplify([(0, 1)], by=2), "NeuronSet"),
+                       (lambda: amplify(s, to="mean"), "stats.value"),
                        (lambda: ablate(s).__enter__(), "on.model")]:
         with pytest.raises(TypeError, match=words):
             bad()

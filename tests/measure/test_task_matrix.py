@@ -28,7 +28,8 @@ def toy(n=60, seed=0) -> TaskMatrix:
     base = {l: draw.random(n) < .6 for l in LANGS}
     hurt = lambda l, share: np.where(draw.random(n) < share, False, base[l])
     scores = {(*NONE, f"xcopa_{l}"): b for l, b in base.items()}
-    scores |= {(k, of, f"xcopa_{l}"): hurt(l, .4 if k == "own" and of == l else .05) for k in ("own", "random 0", "random 1") for of in LANGS for l in LANGS}
+    scores |= {(k, of, f"xcopa_{l}"): hurt(l, .4 if k == "own" and of == l else .05)
+               for k in ("own", "random 0", "random 1") for of in LANGS for l in LANGS}
     return TaskMatrix({k: x.astype(float) for k, x in scores.items()}, {f"xcopa_{l}": l for l in LANGS}, "acc")
 
 
@@ -37,8 +38,10 @@ def planted_tasks(folder: Path, planted):
     row = lambda w: dict(word=w, right=planted.successor(w), wrong=planted.successor(planted.successor(w)))
     names, files = [], {}
     for lang in planted.langs:
-        (folder/f"word_{lang}.yaml").write_text(f"task: word_{lang}\ndataset_path: words\ndataset_name: {lang}\noutput_type: multiple_choice\ntest_split: test\ndoc_to_text: \"{{{{word}}}}\"\n"
-                                                "doc_to_choice: \"{{[wrong, right]}}\"\ndoc_to_target: 1\nmetric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n")
+        (folder/f"word_{lang}.yaml").write_text(
+            f"task: word_{lang}\ndataset_path: words\ndataset_name: {lang}\noutput_type: multiple_choice\ntest_split: test\n"
+            "doc_to_text: \"{{word}}\"\ndoc_to_choice: \"{{[wrong, right]}}\"\ndoc_to_target: 1\n"
+            "metric_list:\n  - {metric: acc, aggregation: mean, higher_is_better: true}\n")
         (folder/f"{lang}.jsonl").write_text("\n".join(json.dumps(row(f"{lang}{i}")) for i in range(planted.n_words)))
         names, files = names + [str(folder/f"word_{lang}.yaml")], files | {f"word_{lang}": folder/f"{lang}.jsonl"}
     return names, files
@@ -90,7 +93,8 @@ def test_task_matrix_headline_takes_a_parallel_item_in_all_its_languages_at_once
 
 
 def test_task_matrix_tasks_of_different_length():
-    cells = {(*NONE, "a_it"): np.zeros(30), (*NONE, "a_id"): np.zeros(10), ("own", "it", "a_it"): np.ones(30), ("own", "id", "a_id"): np.zeros(10)}
+    cells = {(*NONE, "a_it"): np.zeros(30), (*NONE, "a_id"): np.zeros(10), ("own", "it", "a_it"): np.ones(30),
+             ("own", "id", "a_id"): np.zeros(10)}
     h = TaskMatrix(cells, {"a_it": "it", "a_id": "id"}, "acc").headline().iloc[0]
     assert np.isclose(h.change, .5) and h["where"] == "self" and h.tasks == 2
 
@@ -100,7 +104,7 @@ def test_task_matrix_of_the_planted_model_is_diagonal(tmp_path):
     model = load_model(planted.hf, tokenizer=planted.tokenizer)
     sets = LanguageNeurons({l: NeuronSet(n, view(model).shape) for l, n in planted.neurons.items()}, method="planted")
     names, files = planted_tasks(tmp_path, planted)
-    m = evaluate_matrix(model, names, sets, data_dir=files, controls=2, cache=tmp_path/"cache", progress=False)
+    m = evaluate_matrix(model, names, sets, data_dir=files, controls=2, out=tmp_path/"cache", progress=False)
     own = m.to_df().query("kind == 'own'")
     assert (own.base == 1).all()
     assert np.allclose(own.change, np.where(own.neurons_of == own.lang, -1, 0))
@@ -127,9 +131,9 @@ def test_task_matrix_accepts_interventions_and_a_new_row_computes_itself_only(tm
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
     some, tasks = NeuronSet([(0, i) for i in range(30)], view(model).shape), load_tasks(["xcopa_it", "xcopa_id"], DATA)
-    one = evaluate_matrix(model, tasks, {("ablate", "it"): ablate(some)}, cache=tmp_path, progress=False)
+    one = evaluate_matrix(model, tasks, {("ablate", "it"): ablate(some)}, out=tmp_path, progress=False)
     before = len(list(tmp_path.iterdir()))
-    two = evaluate_matrix(model, tasks, {("ablate", "it"): ablate(some), ("x2", "it"): amplify(some, by=2.)}, cache=tmp_path, progress=False)
+    two = evaluate_matrix(model, tasks, {("ablate", "it"): ablate(some), ("x2", "it"): amplify(some, by=2.)}, out=tmp_path, progress=False)
     assert (before, len(list(tmp_path.iterdir()))) == (2, 3)
     np.testing.assert_array_equal(one.scores["ablate", "it", "xcopa_id"], two.scores["ablate", "it", "xcopa_id"])
     assert two.kinds == ["ablate", "x2"] and two.provenance["edit"] == "ablate"
@@ -139,8 +143,10 @@ def test_task_matrix_metric_and_language_errors(tmp_path):
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
     some = {"it": NeuronSet([(0, 1)], view(model).shape)}
-    with pytest.raises(TaskError, match="no metric 'f1'.*acc"): evaluate_matrix(model, "xcopa_it", some, data_dir=DATA, metric="f1", progress=False)
-    with pytest.raises(TaskError, match="nothing to intervene on"): evaluate_matrix(model, "xcopa_it", {"it": NeuronSet([], view(model).shape)}, data_dir=DATA, progress=False)
+    with pytest.raises(TaskError, match="no metric 'f1'.*acc"):
+        evaluate_matrix(model, "xcopa_it", some, data_dir=DATA, metric="f1", progress=False)
+    with pytest.raises(TaskError, match="nothing to intervene on"):
+        evaluate_matrix(model, "xcopa_it", {"it": NeuronSet([], view(model).shape)}, data_dir=DATA, progress=False)
     task = load_tasks("xcopa_it", DATA)["xcopa_it"]
     task.set_config("dataset_name", None)
     with pytest.raises(TaskError, match="tells no language"): evaluate_matrix(model, {"riddles": task}, some, progress=False)
@@ -182,13 +188,15 @@ def test_task_matrix_from_the_command_line(tmp_path, capsys, caplog):
     assert main([*common, str(tmp_path/"a"), "--data-dir", str(DATA), "--limit", "2"]) == 0
     out = capsys.readouterr().out
     assert "xcopa_it acc" in out and "2 items" in out and (tmp_path/"a/none.csv").exists()
-    assert main([*common, str(tmp_path/"a"), "--data-dir", str(DATA), "--neurons", str(tmp_path/"n.safetensors"), "--lang", "it", "--edit", "x2"]) == 0
+    edited = ["--neurons", str(tmp_path/"n.safetensors"), "--lang", "it", "--edit", "x2"]
+    assert main([*common, str(tmp_path/"a"), "--data-dir", str(DATA), *edited]) == 0
     assert len(pd.read_csv(tmp_path/"a/it-x2.csv")) == 2
     assert main([*common, str(tmp_path/"b"), "--data-dir", str(DATA), "--neurons", str(tmp_path/"n.safetensors"), "--controls", "1"]) == 0
     assert "on the neurons' own language" in capsys.readouterr().out
     files = {f.name for f in (tmp_path/"b").iterdir()}
     assert {"matrix.csv", "headline.csv", "matrix.safetensors"} <= files
-    assert ("matrix.svg" in files) != ("figures are not written as pictures" in caplog.text)  # pictures need a browser; without one it is said
+    # pictures need a browser; without one it is said
+    assert ("matrix.svg" in files) != ("figures are not written as pictures" in caplog.text)
     assert len(pd.read_csv(tmp_path/"b/matrix.csv")) == 12
 
 

@@ -21,7 +21,9 @@ from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
 from langneuron_mi.measure.scoring import score
 from langneuron_mi.measure.task_data import TaskError, find_files, load_tasks, read_rows, task_names
-from langneuron_mi.measure.tasks import Kept, LangNeuronLM, TaskResults, evaluate
+from langneuron_mi.measure.answers import Kept
+from langneuron_mi.measure.task_model import LangNeuronLM
+from langneuron_mi.measure.tasks import TaskResults, evaluate
 from langneuron_mi.testing.tiny import tiny_model
 
 DATA = Path(__file__).parents[1]/"data"/"tasks"  # a few items written by us: see the README there
@@ -46,7 +48,8 @@ def lm_eval_hf(hf, tok, tasks, batch_size=3, **kwargs):
     from lm_eval.evaluator import evaluate as lm_evaluate
     from lm_eval.models.huggingface import HFLM
     for t in tasks.values(): t.set_fewshot_seed(seed=1234)
-    out = lm_evaluate(HFLM(pretrained=hf, tokenizer=tok, batch_size=batch_size, **kwargs), {"tasks": dict(tasks)}, bootstrap_iters=0, log_samples=True)
+    out = lm_evaluate(HFLM(pretrained=hf, tokenizer=tok, batch_size=batch_size, **kwargs), {"tasks": dict(tasks)}, bootstrap_iters=0,
+                      log_samples=True)
     return {t: sorted(s, key=lambda x: x["doc_id"]) for t, s in out["samples"].items()}, out["results"]
 
 
@@ -97,7 +100,8 @@ def test_tasks_few_shot_equals_hf():
     ours = evaluate(load_model(hf, tokenizer=tok), loaded, progress=False)
     assert ours.provenance["tasks"]["xcopa_it"]["num_fewshot"] == 1
     assert same_as_hf(ours, *lm_eval_hf(reference, tok, loaded)) < 1e-3
-    assert evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=DATA, progress=False).items.loglik.tolist() != ours.items.loglik.tolist()
+    none = evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=DATA, progress=False)
+    assert none.items.loglik.tolist() != ours.items.loglik.tolist()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
@@ -135,7 +139,8 @@ def test_tasks_positions_of_an_intervention_do_not_depend_on_sharing(positions):
     v = view(load_model(hf, tokenizer=tok))
     edit = amplify(some_neurons(v), by=4.).where(positions)
     enc = lambda t: tok(t, add_special_tokens=False).input_ids
-    pairs = [([1, *enc("the context of it")], enc(c)) for c in (" one", " other answers", " o")] + [([1], enc("the context of all")), ([1, *enc("the context")], enc(" of it"))]
+    pairs = [([1, *enc("the context of it")], enc(c)) for c in (" one", " other answers", " o")]
+    pairs += [([1], enc("the context of all")), ([1, *enc("the context")], enc(" of it"))]
     alone, together, plain = {}, {}, {}
     for i, p in enumerate(pairs): score(v, [p], intervention=edit, done=lambda _, x, i=i: alone.__setitem__(i, x))
     score(v, pairs, intervention=edit, done=together.__setitem__)
@@ -204,7 +209,8 @@ def test_tasks_rolling_log_likelihood_equals_hf():
     reference, _ = tiny_model("llama")
     texts = [SimpleNamespace(args=(t,)) for t in ("a short one", "a text that is longer than the context of the model " * 3)]
     ours = LangNeuronLM(load_model(hf, tokenizer=tok), max_length=32).loglikelihood_rolling(texts)
-    np.testing.assert_allclose(ours, HFLM(pretrained=reference, tokenizer=tok, max_length=32, batch_size=2).loglikelihood_rolling(texts), rtol=1e-4)
+    theirs = HFLM(pretrained=reference, tokenizer=tok, max_length=32, batch_size=2).loglikelihood_rolling(texts)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def test_tasks_items_longer_than_the_context_are_counted_and_equal_hf(tasks):
@@ -218,7 +224,8 @@ def test_tasks_items_longer_than_the_context_are_counted_and_equal_hf(tasks):
     warn, module.eval_logger.warning = module.eval_logger.warning, lambda *a: told.append(a[0])
     try: theirs = lm_eval_hf(reference, tok, one, max_length=40)
     finally: module.eval_logger.warning = warn
-    assert ours.metrics.truncated.tolist() == [len([t for t in told if "exceeds model's maximum length" in t])] and ours.metrics.truncated[0] > 0
+    assert ours.metrics.truncated.tolist() == [len([t for t in told if "exceeds model's maximum length" in t])]
+    assert ours.metrics.truncated[0] > 0
     assert same_as_hf(ours, *theirs) < 1e-3
 
 
@@ -236,7 +243,7 @@ def test_tasks_other_interventions_never_find_each_others_answers(tmp_path, task
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
     some, one = some_neurons(view(model)), {"xcopa_it": tasks["xcopa_it"]}
-    run = lambda edit: evaluate(model, one, edit, limit=3, cache=tmp_path, progress=False)
+    run = lambda edit: evaluate(model, one, edit, limit=3, out=tmp_path, progress=False)
     edits = [None, ablate(some), amplify(some, by=2.), amplify(some, by=3.), amplify(some, by=3.).where("prompt")]
     first = [run(e) for e in edits]
     assert all(r.work["kept"] == 0 and r.work["tokens"] > 0 for r in first)
@@ -251,45 +258,67 @@ def test_tasks_another_model_never_finds_the_answers(tmp_path, tasks):
     one = {"xcopa_it": tasks["xcopa_it"]}
     for seed in (0, 1):
         hf, tok = tiny_model("llama", seed=seed)
-        assert evaluate(load_model(hf, tokenizer=tok), one, cache=tmp_path, progress=False).work["kept"] == 0
+        assert evaluate(load_model(hf, tokenizer=tok), one, out=tmp_path, progress=False).work["kept"] == 0
 
 
 def test_tasks_a_higher_limit_computes_only_new_items(tmp_path, tasks):
     hf, tok = tiny_model("llama")
     model, one = load_model(hf, tokenizer=tok), {"xcopa_it": tasks["xcopa_it"]}
-    evaluate(model, one, limit=2, cache=tmp_path, progress=False)
-    more = evaluate(model, one, limit=4, cache=tmp_path, progress=False)
+    evaluate(model, one, limit=2, out=tmp_path, progress=False)
+    more = evaluate(model, one, limit=4, out=tmp_path, progress=False)
     assert (more.work["kept"], len(more.items)) == (4, 4)
-    assert evaluate(model, one, limit=4, num_fewshot=None, cache=tmp_path, progress=False).work["tokens"] == 0
+    assert evaluate(model, one, limit=4, num_fewshot=None, out=tmp_path, progress=False).work["tokens"] == 0
 
 
 def test_tasks_fewer_examples_do_not_reuse_answers_of_more(tmp_path):
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
-    evaluate(model, "xcopa_it", data_dir=DATA, num_fewshot=1, cache=tmp_path, progress=False)
-    assert evaluate(model, "xcopa_it", data_dir=DATA, cache=tmp_path, progress=False).work["kept"] == 0
+    evaluate(model, "xcopa_it", data_dir=DATA, num_fewshot=1, out=tmp_path, progress=False)
+    assert evaluate(model, "xcopa_it", data_dir=DATA, out=tmp_path, progress=False).work["kept"] == 0
+
+
+def test_tasks_answers_are_kept_on_shared_storage(tasks):
+    hf, tok = tiny_model("llama")
+    model, one, out = load_model(hf, tokenizer=tok), {"xcopa_it": tasks["xcopa_it"]}, "memory://tasks-answers"
+    first, again = (evaluate(model, one, limit=3, out=out, progress=False) for _ in range(2))
+    assert (first.work["kept"], again.work["kept"], again.work["tokens"]) == (0, 6, 0)
+    assert again.items.loglik.tolist() == first.items.loglik.tolist()
+    with pytest.raises(TaskError, match="is no folder of this machine"): LangNeuronLM(model, out=out)
+
+
+def test_tasks_answers_do_not_depend_on_the_parts_of_the_work(tasks, monkeypatch):
+    from langneuron_mi.measure import task_model
+    hf, tok = tiny_model("llama")
+    model, two = load_model(hf, tokenizer=tok), {n: tasks[n] for n in ("xcopa_it", "xnli_vi")}
+    whole = evaluate(model, two, batch_size=2, progress=False)
+    monkeypatch.setattr(task_model, "_BATCHES", 1)
+    parts = evaluate(model, two, batch_size=2, progress=False)
+    np.testing.assert_allclose(np.concatenate(parts.items.loglik), np.concatenate(whole.items.loglik), atol=1e-4)
+    assert parts.items.answer.tolist() == whole.items.answer.tolist() and parts.work["requests"] == whole.work["requests"]
 
 
 _SLOW_RUN = """
 import sys, time
-import langneuron_mi.measure.tasks as t
+from langneuron_mi.measure.answers import Kept
+from langneuron_mi.measure.tasks import evaluate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.testing.tiny import tiny_model
 hf, tok = tiny_model("llama")
-inner = t.Kept.put
+inner = Kept.put
 def put(self, key, value):
     self.every = 0
     inner(self, key, value)
     print("kept", flush=True)
     time.sleep(.5)
-t.Kept.put = put
-t.evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=sys.argv[1], batch_size=1, cache=sys.argv[2], progress=False)
+Kept.put = put
+evaluate(load_model(hf, tokenizer=tok), "xcopa_it", data_dir=sys.argv[1], batch_size=1, out=sys.argv[2], progress=False)
 """
 
 
 @pytest.mark.slow
 def test_tasks_a_killed_evaluation_resumes_item_by_item(tmp_path):
-    p = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, str(DATA), str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
+    p = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, str(DATA), str(tmp_path)], stdout=subprocess.PIPE, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
     for _ in range(3): assert p.stdout.readline() == "kept\n"
     p.send_signal(signal.SIGKILL)
     p.wait()
@@ -297,7 +326,7 @@ def test_tasks_a_killed_evaluation_resumes_item_by_item(tmp_path):
     assert 3 <= kept < 8
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
-    resumed = evaluate(model, "xcopa_it", data_dir=DATA, cache=tmp_path, progress=False)
+    resumed = evaluate(model, "xcopa_it", data_dir=DATA, out=tmp_path, progress=False)
     assert resumed.work["kept"] == kept and resumed.work["requests"] == 8
     whole = evaluate(model, "xcopa_it", data_dir=DATA, progress=False)
     np.testing.assert_allclose(np.concatenate(resumed.items.loglik), np.concatenate(whole.items.loglik), atol=1e-4)
@@ -312,9 +341,9 @@ def test_tasks_what_was_computed_survives_an_error(tmp_path, tasks, monkeypatch)
         calls.append(key)
         if len(calls) == 5: raise KeyboardInterrupt
     monkeypatch.setattr(Kept, "put", put)
-    with pytest.raises(KeyboardInterrupt): evaluate(model, one, batch_size=1, cache=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt): evaluate(model, one, batch_size=1, out=tmp_path, progress=False)
     monkeypatch.undo()
-    assert evaluate(model, one, cache=tmp_path, progress=False).work["kept"] == 5
+    assert evaluate(model, one, out=tmp_path, progress=False).work["kept"] == 5
     assert not view(model).active
 
 
@@ -353,14 +382,15 @@ def test_tasks_model_is_registered_with_lm_eval(tmp_path):
     v = view(load_model(str(tmp_path/"m")))
     some = some_neurons(v)
     LanguageNeurons({"it": some, "en": NeuronSet([(0, 1)], v.shape)}, method="test").save(tmp_path/"n.safetensors")
-    lm = LangNeuronLM.create_from_arg_string(f"pretrained={tmp_path/'m'},neurons={tmp_path/'n.safetensors'},lang=it,edit=x2", dict(batch_size="2", max_batch_size=None, device="cpu"))
+    lm = LangNeuronLM.create_from_arg_string(f"pretrained={tmp_path/'m'},neurons={tmp_path/'n.safetensors'},lang=it,edit=x2",
+                                             dict(batch_size="2", max_batch_size=None, device="cpu"))
     assert lm.intervention.name == f"amplify {len(some)} by 2" and lm.batch_size == 2
     assert "intervention" in lm.kept.about
 
 
 def test_tasks_entry_point_is_declared():
     text = (Path(__file__).parents[2]/"setup.py").read_text()
-    assert "lm_eval.models" in text and "langneuron_mi.measure.tasks:LangNeuronLM" in text
+    assert "lm_eval.models" in text and "langneuron_mi.measure.task_model:LangNeuronLM" in text
 
 
 def test_tasks_results_survive_the_disk(tmp_path, tasks):
@@ -386,7 +416,8 @@ def test_tasks_answers_do_not_depend_on_batch_size(tasks):
 def test_task_data_layouts(tmp_path):
     row = json.dumps(dict(a=1)) + "\n"
     config = dict(dataset_path="x/xcopa", dataset_name="it", test_split="test", validation_split="validation")
-    for i, name in enumerate(["xcopa/test.it.jsonl", "xcopa/it.test.jsonl", "xcopa/it/test.jsonl", "xcopa_it/test.jsonl", "test.it.jsonl", "xcopa/it.jsonl", "xcopa/it/test-00000-of-00001.jsonl", "it/test.jsonl", "xcopa_it.jsonl"]):
+    for i, name in enumerate(["xcopa/test.it.jsonl", "xcopa/it.test.jsonl", "xcopa/it/test.jsonl", "xcopa_it/test.jsonl", "test.it.jsonl",
+                              "xcopa/it.jsonl", "xcopa/it/test-00000-of-00001.jsonl", "it/test.jsonl", "xcopa_it.jsonl"]):
         root = tmp_path/str(i)
         (root/name).parent.mkdir(parents=True)
         (root/name).write_text(row)
@@ -406,7 +437,8 @@ def test_task_data_squad_form_becomes_rows():
     assert len(docs) == 3 and docs[1]["answers"] == dict(text=["1820"], answer_start=[docs[1]["context"].index("1820")])
 
 
-@pytest.mark.parametrize("name, n", [("xwinograd_jp", 2), ("xnli_vi", 3), ("belebele_ita_Latn", 2), ("include_base_44_italian_stem", 2), ("xcopa_id", 4)])
+@pytest.mark.parametrize("name, n", [("xwinograd_jp", 2), ("xnli_vi", 3), ("belebele_ita_Latn", 2), ("include_base_44_italian_stem", 2),
+                                     ("xcopa_id", 4)])
 def test_task_data_of_every_benchmark_is_found(name, n):
     assert len(load_tasks(name, DATA)[name].eval_docs) == n
 
@@ -414,7 +446,8 @@ def test_task_data_of_every_benchmark_is_found(name, n):
 def test_task_data_explicit_files(tmp_path):
     files = {"xcopa_it": {"test": [str(DATA/"xcopa/test.it.jsonl"), DATA/"xcopa/test.id.jsonl"]}}
     assert len(load_tasks("xcopa_it", files)["xcopa_it"].eval_docs) == 8
-    with pytest.raises(TaskError, match="evaluated on the split 'test'"): load_tasks("xcopa_it", {"xcopa_it": {"validation": DATA/"xcopa/val.it.jsonl"}})
+    with pytest.raises(TaskError, match="evaluated on the split 'test'"):
+        load_tasks("xcopa_it", {"xcopa_it": {"validation": DATA/"xcopa/val.it.jsonl"}})
     with pytest.raises(TaskError, match="no file .*gone.jsonl"): load_tasks("xcopa_it", {"xcopa_it": tmp_path/"gone.jsonl"})
     (tmp_path/"empty.jsonl").write_text("\n")
     with pytest.raises(TaskError, match="holds no rows"): load_tasks("xcopa_it", {"xcopa_it": tmp_path/"empty.jsonl"})
@@ -438,9 +471,11 @@ def test_task_data_hub_out_of_reach():
 
 def test_task_data_gated_dataset(monkeypatch):
     import datasets
-    def refuse(*a, **k): raise datasets.exceptions.DatasetNotFoundError("Dataset 'facebook/belebele' is a gated dataset on the Hub. You must be authenticated to access it.")
+    said = "Dataset 'facebook/belebele' is a gated dataset on the Hub. You must be authenticated to access it."
+    def refuse(*a, **k): raise datasets.exceptions.DatasetNotFoundError(said)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(TaskError, match="is gated: accept its terms at https://huggingface.co/datasets/facebook/belebele") as e: load_tasks("belebele_ita_Latn")
+    with pytest.raises(TaskError, match="is gated: accept its terms at https://huggingface.co/datasets/facebook/belebele") as e:
+        load_tasks("belebele_ita_Latn")
     assert one_line(e)
 
 
@@ -461,7 +496,8 @@ def test_task_data_groups_and_patterns():
 
 
 def test_task_data_rows_of_another_schema():
-    with pytest.raises(TaskError, match="do not have its schema") as e: load_tasks("belebele_ita_Latn", {"belebele_ita_Latn": DATA/"xcopa/test.it.jsonl"})
+    with pytest.raises(TaskError, match="do not have its schema") as e:
+        load_tasks("belebele_ita_Latn", {"belebele_ita_Latn": DATA/"xcopa/test.it.jsonl"})
     assert one_line(e)
 
 
@@ -480,5 +516,6 @@ def test_tasks_bad_limit_and_batch_size(tasks):
 
 def test_tasks_without_lm_eval_name_the_extra():
     code = "import sys; sys.modules['lm_eval'] = None\nimport langneuron_mi\ntry: langneuron_mi.evaluate\nexcept ImportError as e: print(e)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[2])))
     assert 'pip install "langneuron_mi[eval]"' in out.stdout

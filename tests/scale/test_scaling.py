@@ -22,7 +22,8 @@ from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.core.engine import Session
 from langneuron_mi.core.storage import mirrored
 from langneuron_mi.cli import main
-from langneuron_mi.scale.workers import Pool, Recipe, ScalingError, _facts_of, _reachable, recipe_of
+from langneuron_mi.scale.workers import Pool, _facts_of, _reachable
+from langneuron_mi.scale.recipes import Recipe, ScalingError, recipe_of
 from langneuron_mi.scale.ray import RayEngine
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate
@@ -42,7 +43,9 @@ from langneuron_mi.text.windows import pack
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster, whatever the number of pytest's own workers
 ROOT = Path(__file__).resolve().parents[2]
-ARGS = dict(length=24, shard_size=2, batch_size=2, groups="all", texts=20, progress=False)  # all groups: float sums, maxima, histograms, texts
+ARGS = dict(
+    length=24, shard_size=2, batch_size=2, groups="all", texts=20, progress=False
+)  # all groups: float sums, maxima, histograms, texts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,10 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
     quick = dict(object_store_memory=80_000_000, include_dashboard=False)
-    c = Cluster(initialize_head=True, head_node_args=quick | dict(num_cpus=2, _system_config=dict(prestart_worker_first_driver=False, enable_worker_prestart=False)))
+    c = Cluster(
+        initialize_head=True,
+        head_node_args=quick | dict(num_cpus=2, _system_config=dict(prestart_worker_first_driver=False, enable_worker_prestart=False)),
+    )
     c.add_node(num_cpus=2, **quick)
     ray.init(address=c.address, log_to_driver=False, logging_level=logging.ERROR)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
@@ -176,8 +182,13 @@ record(sys.argv[1], planted_model().texts(80, seed=0), length=24, shard_size=2, 
 
 def test_ray_driver_killed_and_resumed(cluster, engine, saved, model, alone, tmp_path, monkeypatch):
     "SIGKILL to the process that merges; another one goes on from its checkpoint. The first one never loaded the model: it gave a name."
-    p = subprocess.Popen([sys.executable, "-c", DRIVER, str(saved / "model"), str(tmp_path), cluster.address], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                         env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))))
+    p = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(saved / "model"), str(tmp_path), cluster.address],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))),
+    )
     while not list(tmp_path.glob("part-*")):
         assert p.poll() is None, p.stderr.read()[-2000:]
         time.sleep(.1)
@@ -260,7 +271,8 @@ def test_ray_folders_of_a_url(tmp_path):
         (folder / "scores").unlink()
     fs = fsspec.filesystem("memory")
     assert [n for n in fs.find("/runs/deep")] == ["/runs/deep/perplexity/row"]
-    with mirrored("memory://runs/deep") as (folder, saved): assert (folder / "perplexity/row").read_text() == "1" and not (folder / "scores").exists()
+    with mirrored("memory://runs/deep") as (folder, saved):
+        assert (folder / "perplexity/row").read_text() == "1" and not (folder / "scores").exists()
 
 
 def test_ray_command_line_and_url(cluster, saved, tmp_path, capsys, monkeypatch):
@@ -286,8 +298,11 @@ def test_ray_checkpoints_at_a_url(model, alone, tmp_path):
     class Stops:
         @contextmanager
         def session(self, model, look, run):
-            with mirrored(run.out) as (folder, saved): yield Stopping(look(model), folder, False, lambda: (saved(), seen.append(names())))
-    with pytest.raises(RecordingError, match="stop"): record(model, TEXTS, out="memory://runs/url", engine=Stops(), checkpoint_every=0., **ARGS)
+            with mirrored(run.out) as (folder, saved):
+                yield Stopping(look(model), folder, False, lambda: (saved(), seen.append(names())))
+
+    with pytest.raises(RecordingError, match="stop"):
+        record(model, TEXTS, out="memory://runs/url", engine=Stops(), checkpoint_every=0.0, **ARGS)
     assert any(f"part-{l}.safetensors" in seen[-1] for l in ("en", "de", "fr")) and not any(n.endswith(".tmp") for s in seen for n in s)
     record(model, TEXTS, out="memory://runs/url", **ARGS)
     with mirrored("memory://runs/url") as (folder, _): assert files(folder) == alone
@@ -310,11 +325,17 @@ def test_ray_bad_requests_are_one_clear_error(cluster, model, monkeypatch):
         with pytest.raises(ScalingError, match=words): RayEngine(**bad)
     with pytest.raises(ScalingError, match="9 workers of 1 CPUs each do not fit: the cluster has 4 CPUs .*on 2 machines, room for 4"):
         record(model, TEXTS, engine=RayEngine(workers=9), **ARGS)
-    with pytest.raises(ScalingError, match="GPUs each do not fit"): record(model, TEXTS, engine=RayEngine(gpus=1), **ARGS)
-    with pytest.raises(ScalingError, match="connected to the Ray cluster"): record(model, TEXTS, engine=RayEngine(address="127.0.0.1:1"), **ARGS)
-    with pytest.raises(ValueError, match="no engine 'spark'"): record(model, TEXTS, engine="spark", **ARGS)
+    with pytest.raises(ScalingError, match="GPUs each do not fit"):
+        record(model, TEXTS, engine=RayEngine(gpus=1), **ARGS)
+    with pytest.raises(ScalingError, match="connected to the Ray cluster"):
+        record(model, TEXTS, engine=RayEngine(address="127.0.0.1:1"), **ARGS)
+    with pytest.raises(ValueError, match="no engine 'spark'"):
+        record(model, TEXTS, engine="spark", **ARGS)
     remote = scaling.RemoteView(dict(model=view(model).describe(), n_ctx=64, d_model=view(model).d_model), view(model).tokenizer)
-    with pytest.raises(ScalingError, match='batch_size="auto"'): Recorder(remote, ("counts",)).measured_batch_size(pack(load_corpus(TEXTS), remote.tokenizer, length=24, bos_token_id=remote.bos_token_id), 2)
+    with pytest.raises(ScalingError, match='batch_size="auto"'):
+        Recorder(remote, ("counts",)).measured_batch_size(
+            pack(load_corpus(TEXTS), remote.tokenizer, length=24, bos_token_id=remote.bos_token_id), 2
+        )
 
 
 def test_ray_address_without_a_cluster(cluster, monkeypatch):
@@ -323,9 +344,14 @@ def test_ray_address_without_a_cluster(cluster, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
-        for address, words in (("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"), ("ray://127.0.0.1:1", "answers at ray://"), ("my cluster", "is no address of a Ray cluster"),
-                               (f"127.0.0.1:{web.server_port}", "something else listens there.*ray start")):
-            with pytest.raises(ScalingError, match=words): RayEngine(address=address).__enter__()
+        for address, words in (
+            ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+            ("ray://127.0.0.1:1", "answers at ray://"),
+            ("my cluster", "is no address of a Ray cluster"),
+            (f"127.0.0.1:{web.server_port}", "something else listens there.*ray start"),
+        ):
+            with pytest.raises(ScalingError, match=words):
+                RayEngine(address=address).__enter__()
         web.shutdown()
 
 
@@ -347,13 +373,14 @@ def test_ray_worker_refuses_another_model(engine, model):
     assert view(recipe_of(edited, send=True).load("cpu")).fingerprint == view(edited).fingerprint
     few = RayEngine(workers=1)
     few._stack, few._size = engine._stack, (1, 0)
-    with pytest.raises(ScalingError, match=r"does not hold the same model: model is .*RayEngine\(send=True\)"): few.pool(recipe, same).wait_for_one()
+    with pytest.raises(ScalingError, match=r"does not hold the same model: model is .*RayEngine\(send=True\)"):
+        few.pool(recipe, same).wait_for_one()
     few._pool.close()
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "bloom"])
 def test_ray_recipe_of_a_model_in_memory(arch):
-    "What is sent gives the same model, through every class of TransformerLens: fingerprint, tokenizer, activations; nothing that this process computed travels along."
+    "What is sent gives the same model, through every class of TransformerLens: fingerprint, tokenizer, activations; nothing else travels."
     for name, _, _, model in lens_models(arch):
         v = view(model)
         v.fingerprint

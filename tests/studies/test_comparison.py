@@ -36,8 +36,18 @@ def toy_probes(p, langs=LANGS):
 def toy(tmp_path_factory):
     "An experiment on the planted model that has run, and what it found."
     p = planted_model()
-    e = Experiment(model=load_model(p.hf, tokenizer=p.tokenizer), langs=LANGS, corpus=load_corpus(p.texts(300, seed=0), list(LANGS)), tokens=500, held_out_tokens=84, held_out=.3,
-                   probes=toy_probes(p), prompts=p.texts(1, seed=5)["en"], new_tokens=2, out=str(tmp_path_factory.mktemp("toy")))
+    e = Experiment(
+        model=load_model(p.hf, tokenizer=p.tokenizer),
+        langs=LANGS,
+        corpus=load_corpus(p.texts(300, seed=0), list(LANGS)),
+        tokens=500,
+        held_out_tokens=84,
+        held_out=0.3,
+        probes=toy_probes(p),
+        prompts=p.texts(1, seed=5)["en"],
+        new_tokens=2,
+        out=str(tmp_path_factory.mktemp("toy")),
+    )
     return p, e, e.run(progress=False, report=False)
 
 
@@ -54,8 +64,14 @@ def test_comparison_has_all_that_is_to_be_compared(toy):
     t = r.comparison
     assert list(t.columns) == ["intervention", "lang", "measure", "effect", "low", "high", "n", "size"]
     for measure in (PPL, ANSWER):
-        assert {f"{a} {r}{l}" for a in ("ablate", "mean", "x3") for r in ("", "random ") for l in LANGS} <= set(t[t.measure == measure].intervention)
-        assert {f"{a} {r}{s}" for r in ("", "random ") for a, s in (("ablate", "all-shared"), ("x1.5", "all-shared"), ("ablate", "most-shared"), ("x3", "most-shared"))} <= set(t[t.measure == measure].intervention)
+        assert {f"{a} {r}{l}" for a in ("ablate", "mean", "x3") for r in ("", "random ") for l in LANGS} <= set(
+            t[t.measure == measure].intervention
+        )
+        assert {
+            f"{a} {r}{s}"
+            for r in ("", "random ")
+            for a, s in (("ablate", "all-shared"), ("x1.5", "all-shared"), ("ablate", "most-shared"), ("x3", "most-shared"))
+        } <= set(t[t.measure == measure].intervention)
     assert {"mean de", "mean random de", "x3 fr"} <= set(t[t.measure == LSS].intervention)
     assert not t.duplicated(["intervention", "lang", "measure"]).any()
     assert ((t.low <= t.effect + 1e-9) & (t.effect <= t.high + 1e-9)).all()
@@ -82,8 +98,11 @@ def test_comparison_answers_equal_plain_pytorch_on_the_model(toy, lang, off):
         with torch.no_grad(): return float(p.hf(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]])
     asked = r.facts["probes"]["asked"]
     before = np.array([logp(f) for f in asked])
-    with p.ablated(list(r.neurons[off])): after = np.array([logp(f) for f in asked])
-    row = r.comparison[(r.comparison.intervention == f"ablate {off}") & (r.comparison.lang == lang) & (r.comparison.measure == ANSWER)].iloc[0]
+    with p.ablated(list(r.neurons[off])):
+        after = np.array([logp(f) for f in asked])
+    row = r.comparison[
+        (r.comparison.intervention == f"ablate {off}") & (r.comparison.lang == lang) & (r.comparison.measure == ANSWER)
+    ].iloc[0]
     assert row.effect == pytest.approx((after - before).mean(), abs=1e-4) and row.n == len(asked)
 
 
@@ -179,10 +198,13 @@ def test_comparison_without_facts_is_still_a_comparison(toy, tmp_path):
 
 def test_comparison_language_without_facts_is_measured_by_text_alone(toy, tmp_path, caplog):
     p, e, _ = toy
-    with caplog.at_level(logging.WARNING): r = replace(e, probes=toy_probes(p, ("en", "de")), out=str(tmp_path), prompts=()).run(progress=False, report=False)
+    with caplog.at_level(logging.WARNING):
+        r = replace(e, probes=toy_probes(p, ("en", "de")), out=str(tmp_path), prompts=()).run(progress=False, report=False)
     assert "no facts in fr" in caplog.text
     t = r.comparison
-    assert set(t[t.measure == PPL].lang) == {*LANGS} and set(t[t.measure == ANSWER].lang) == {"en", "de"} and r.sharing.langs == ("en", "de")
+    assert (
+        set(t[t.measure == PPL].lang) == {*LANGS} and set(t[t.measure == ANSWER].lang) == {"en", "de"} and r.sharing.langs == ("en", "de")
+    )
     alone = replace(e, probes=toy_probes(p, ("en",)), out=str(tmp_path), prompts=()).run(progress=False, report=False)
     assert set(alone.comparison.measure) == {PPL}
 
@@ -196,9 +218,13 @@ def test_comparison_report_and_command_line_write_the_table(toy, tmp_path, capsy
     p.hf.save_pretrained(tmp_path / "model")
     p.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text").mkdir()
-    for lang, lines in p.texts(200, seed=0).items(): (tmp_path / "text" / f"{lang}.txt").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "e.toml").write_text(f'model = "{tmp_path}/model"\ncorpus = "{tmp_path}/text"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\nnew_tokens = 2\nfacts = 3\nshared_facts = 3\n'
-                                     f'bases = ["de"]\ngroups = ["counts", "moments"]\nboost = 2\nout = "{tmp_path}/exp"\n')
+    for lang, lines in p.texts(200, seed=0).items():
+        (tmp_path / "text" / f"{lang}.txt").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "e.toml").write_text(
+        f'model = "{tmp_path}/model"\ncorpus = "{tmp_path}/text"\nlangs = ["en", "de", "fr"]\ntokens = 400\nheld_out_tokens = 60\n'
+        'new_tokens = 2\nfacts = 3\nshared_facts = 3\n'
+        f'bases = ["de"]\ngroups = ["counts", "moments"]\nboost = 2\nout = "{tmp_path}/exp"\n'
+    )
     assert main(["compare", str(tmp_path / "e.toml")]) == 0
     t = pd.read_csv(tmp_path / "exp/tables/comparison.csv")
     assert set(t.measure) == {*MEASURES} and set(t[t.measure == LSS].lang) == {"de"}
@@ -209,8 +235,21 @@ def test_comparison_report_and_command_line_write_the_table(toy, tmp_path, capsy
 def test_comparison_on_a_plain_mlp_with_real_facts(tmp_path):
     hf, tok = tiny_model("bloom")
     text = {"en": [f"the {w} house is {w}" for w in "abcdefghijklmnop"], "de": [f"das {w} Haus ist {w}" for w in "abcdefghijklmnop"]}
-    e = Experiment(model=load_model(hf, tokenizer=tok), langs=("en", "de"), corpus=load_corpus(text), tokens=150, held_out_tokens=40, held_out=.4, facts=3, shared_facts=3, at_least=.3,
-                   top=.1, prompts=("the",), new_tokens=2, out=str(tmp_path))
+    e = Experiment(
+        model=load_model(hf, tokenizer=tok),
+        langs=("en", "de"),
+        corpus=load_corpus(text),
+        tokens=150,
+        held_out_tokens=40,
+        held_out=0.4,
+        facts=3,
+        shared_facts=3,
+        at_least=0.3,
+        top=0.1,
+        prompts=("the",),
+        new_tokens=2,
+        out=str(tmp_path),
+    )
     r = e.run(progress=False)
     assert set(r.comparison.measure) == {*MEASURES} and np.isfinite(r.comparison.effect).all()
     assert "ablate all-shared" in set(r.comparison.intervention)
@@ -230,7 +269,9 @@ def test_comparison_refuses_what_cannot_be_meant(fields, words):
 
 
 def test_comparison_file_knows_the_new_fields(tmp_path):
-    (tmp_path / "e.toml").write_text('langs = ["en", "de"]\nbases = ["German"]\ngroups = ["counts", "text_means"]\nfacts = 5\nprompts = []\n')
+    (tmp_path / "e.toml").write_text(
+        'langs = ["en", "de"]\nbases = ["German"]\ngroups = ["counts", "text_means"]\nfacts = 5\nprompts = []\n'
+    )
     e = read_experiment(tmp_path / "e.toml")
     assert (e.bases, e.groups, e.facts, e.prompts) == (("de",), ("counts", "text_means"), 5, ())
 
@@ -238,7 +279,14 @@ def test_comparison_file_knows_the_new_fields(tmp_path):
 @given(own=st.floats(.2, 50), others=st.floats(.2, 50), k=st.integers(2, 6))
 def test_comparison_selectivity_of_constant_effects(own, others, k):
     langs = ["en", "de", "fr", "ru", "zh", "ja"][:k]
-    df = pd.DataFrame([dict(intervention=f"ablate {a}", lang=b, measure=m, effect=own if a == b else others, size=10) for m in (PPL, ANSWER) for a in langs for b in langs])
+    df = pd.DataFrame(
+        [
+            dict(intervention=f"ablate {a}", lang=b, measure=m, effect=own if a == b else others, size=10)
+            for m in (PPL, ANSWER)
+            for a in langs
+            for b in langs
+        ]
+    )
     s = selectivities(df).set_index("measure")
     assert s.selectivity[PPL] == pytest.approx(own/others) and s.selectivity[ANSWER] == pytest.approx(math.exp(own - others))
     assert s.own[PPL] == pytest.approx(own) and s.others_low[PPL] == pytest.approx(others) and set(s.langs) == {k}
@@ -247,7 +295,13 @@ def test_comparison_selectivity_of_constant_effects(own, others, k):
 def test_comparison_selectivity_of_nothing_and_of_infinite_effects():
     empty = pd.DataFrame(columns=["intervention", "lang", "measure", "effect", "size"])
     assert len(selectivities(empty)) == 0
-    df = pd.DataFrame([dict(intervention=f"ablate {a}", lang=b, measure=PPL, effect=math.inf if a == b else 1., size=10) for a in ("en", "de") for b in ("en", "de")])
+    df = pd.DataFrame(
+        [
+            dict(intervention=f"ablate {a}", lang=b, measure=PPL, effect=math.inf if a == b else 1.0, size=10)
+            for a in ("en", "de")
+            for b in ("en", "de")
+        ]
+    )
     s = selectivities(df).iloc[0]
     assert s.own == math.inf and math.isnan(s.own_low) and s.others == 1
 

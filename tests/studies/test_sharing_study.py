@@ -47,23 +47,50 @@ def test_sharing_study_preset_runs_on_tiny_bloom(bloom, tmp_path, capsys):
     preset = Path(__file__).parents[2] / "experiments/sharing.toml"
     rows = lambda lang, revision: [dict(premise=f"{lang} a", hypothesis=f"{lang} b", label=i % 3) for i in range(4)]
     with patch("langneuron_mi.studies.parallel_prompts._xnli_rows", rows):
-        code = main(["share", str(preset), "--model", str(bloom / "model"), "--out", str(tmp_path), "--items", "2", "--effects", "1", "--top-k", "20"])
+        code = main(
+            [
+                "share",
+                str(preset),
+                "--model",
+                str(bloom / "model"),
+                "--out",
+                str(tmp_path),
+                "--items",
+                "2",
+                "--effects",
+                "1",
+                "--top-k",
+                "20",
+            ]
+        )
     assert code == 0, capsys.readouterr().err
     t = pd.read_csv(tmp_path / "tables/categories.csv")
     assert set(t.task) == {"xnli", "facts"} and set(t.theta) == {0., .1, .2, .3, .4, .5} and set(t.n) == {2}
     effects = pd.read_csv(tmp_path / "tables/effects.csv")
-    assert set(effects.op) == {"ablate", "amplify by 1.5"} and set(effects.task) == {"xnli", "facts"} and np.isfinite(effects.difference).all()
+    assert (
+        set(effects.op) == {"ablate", "amplify by 1.5"} and set(effects.task) == {"xnli", "facts"} and np.isfinite(effects.difference).all()
+    )
     assert set(pd.read_csv(tmp_path / "tables/contribution.csv").lang) == set("en de es fr ru th tr vi zh".split())
 
 
 def test_sharing_study_preset_is_the_papers():
     studies = read_sharing(Path(__file__).parents[2] / "experiments/sharing.toml")
     assert [s.model.split("/")[-1] for s in studies] == ["bloomz-560m", "bloomz-1b1", "bloomz-1b7", "bloomz-3b", "bloomz-7b1"]
-    assert len({s.out for s in studies}) == 5 and all(s.items == 1000 and s.top_k == 800 and s.token == "last" and s.theta[0] == 0 for s in studies)
+    assert len({s.out for s in studies}) == 5 and all(
+        s.items == 1000 and s.top_k == 800 and s.token == "last" and s.theta[0] == 0 for s in studies
+    )
 
 
 def test_sharing_study_second_run_never_runs_the_model(bloom, tmp_path):
-    study = SharingStudy(model=load_model(str(bloom / "model")), langs=(), prompts=str(bloom / "both.json"), top_k=20, effects=2, controls=1, out=str(tmp_path))
+    study = SharingStudy(
+        model=load_model(str(bloom / "model")),
+        langs=(),
+        prompts=str(bloom / "both.json"),
+        top_k=20,
+        effects=2,
+        controls=1,
+        out=str(tmp_path),
+    )
     first = study.run(progress=False, report=False)
     def never(*args): raise AssertionError("the model was run again")
     handle = study.model.original_model.register_forward_pre_hook(never)
