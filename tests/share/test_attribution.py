@@ -36,7 +36,7 @@ def rows_out(mlp):
 
 
 def run(hf, ids, edit=None):
-    "Logits [pos, vocab] of one prompt alone, and each output matrix's input [layer][pos, neuron], in the graph; `edit(layer, x)` may change it."
+    "Logits [pos, vocab] of one prompt, and each output matrix's input [layer][pos, neuron], in the graph; `edit(layer, x)` may replace it."
     got, handles = {}, []
     for l, mlp in enumerate(mlps(hf)):
         def keep(mod, args, l=l):
