@@ -41,7 +41,8 @@ def test_generation_keeps_each_intervention_by_what_decides_its_texts(planted, w
     assert again[0] == 0 and again[1].equals(first[1])
     more = run(rows=rows | {("off", "de"): ablate(de)})
     assert more[0] == 3 and more[1].text.tolist()[:6] == first[1].text.tolist()  # one intervention more, one computed
-    for other in (dict(max_new_tokens=4), dict(batch_size=2), dict(prompts={"en": p.texts(3, seed=4)["en"]}), dict(do_sample=True), dict(top_k=3)):
+    prompts_of_another_seed = {"en": p.texts(3, seed=4)["en"]}
+    for other in (dict(max_new_tokens=4), dict(batch_size=2), dict(prompts=prompts_of_another_seed), dict(do_sample=True), dict(top_k=3)):
         assert run(**other)[0] == 6 and run(**other)[0] == 0, other
     assert run()[1].equals(first[1])
 
