@@ -122,14 +122,14 @@ def identify(
     "Find each language's neurons with one of six methods"
     if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
     if method not in _methods: raise ValueError(f"no method {method!r}; allowed are {', '.join(_methods)}")
-    from langneuron_mi.find import identification
+    import langneuron_mi
     if top and "top" not in _methods[method]: raise ValueError(f"{method} takes no --top; " + ("give --n" if method == "average_precision" else "use --best to keep the best of each language"))
     try: weight = lam if lam == "auto" else float(lam)
     except ValueError: raise ValueError(f"--lam is a number or auto, got {lam!r}") from None
     given = dict(top=top, filter=filter, bar=bar, lam=weight, by=by, n=n)
     use = {k: given[k] for k in _methods[method] if not (k == "top" and not top)}
     if "n" in use: use = dict(top=use["n"], bottom=use["n"])
-    neurons = getattr(identification, method)(_stats(stats), **use)
+    neurons = getattr(langneuron_mi, method)(_stats(stats), **use)
     if best: neurons = neurons.best(best)
     neurons.save(out)
     return ", ".join(f"{l} {len(s)}" for l, s in neurons.items()) + f": {out}"
@@ -147,7 +147,7 @@ def perplexity(
     revision: str = "", # of a hub id
 ):
     "Ablate each language's neurons and measure the perplexity of every language's held-out text"
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
     from langneuron_mi.core.artifacts import atomic_write
@@ -233,7 +233,7 @@ def eval_(
     from langneuron_mi.measure.task_data import load_tasks
     loaded = load_tasks([t.strip() for t in tasks.split(",") if t.strip()], data_dir or None, None if num_fewshot < 0 else num_fewshot)
     from langneuron_mi.models.loading import load_model
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
     how, hooked = dict(limit=limit or None, batch_size=batch_size, cache=Path(out)/"answers"), load_model(model, revision=revision or None)
     if neurons and not lang:

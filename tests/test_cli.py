@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from langneuron_mi.cli import commands, main
-from langneuron_mi.find.neurons import LanguageNeurons
+from langneuron_mi.find.language_neurons import LanguageNeurons
 from langneuron_mi.testing.planted import planted_model
 
 

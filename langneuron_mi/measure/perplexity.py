@@ -29,7 +29,7 @@ from ..change.interventions import Intervention, ablate, check_model
 from ..models.hooked import ModelView
 from ..models.logits import read_tokens
 from ..models.view import view
-from ..find.neurons import LanguageNeurons
+from ..find.language_neurons import LanguageNeurons
 from ..core.statistics import bootstrap_ratio
 from ..text.windows import TokenWindows, pack
 from ..text.sketches import shares_text

@@ -27,7 +27,8 @@ from ..core.settings import takes
 from ..change.interventions import Current, Intervention, ablate, add, amplify, set_to
 from ..models.hooked import ModelView
 from ..models.view import view
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from .perplexity import perplexity_matrix
 from .probes import Probes
 from .scoring import _common, score

@@ -67,7 +67,7 @@ def chosen(neurons: str, # file of language neurons
     "An intervention that is named in words, as on a command line."
     from langneuron_mi.recording.stats import ActivationStats
     from langneuron_mi.change.interventions import ablate
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     from langneuron_mi.measure.steering import factor
     found = LanguageNeurons.load(neurons)
     if edit == "ablate": return ablate(found[lang])

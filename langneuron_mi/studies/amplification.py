@@ -18,7 +18,7 @@ from ..change.interventions import POSITIONS
 from ..core.artifacts import fingerprint, provenance
 from ..core.settings import unknown
 from ..figures.look import neurons_per_layer
-from ..find.neurons import LanguageNeurons
+from ..find.language_neurons import LanguageNeurons
 from ..measure.probes import Probes, load_probes
 from ..measure.steering import Steering, _factors, _intervention, factor, lss
 from ..measure.task_matrix import evaluate_matrix

@@ -19,8 +19,10 @@ from ..change.generation import identify
 from ..change.interventions import Intervention, ablate, amplify
 from ..core.artifacts import fingerprint, provenance
 from ..core.engine import Keep, Run, Work, kept, open_session
-from ..find.identification import lape, random_neurons
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.identification import lape
+from ..find.controls import random_neurons
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..measure.perplexity import PerplexityMatrix, perplexity_matrix
 from ..measure.probes import ParallelFacts, Probes, load_probes
 from ..measure.steering import Steering, Question, Scorer, factor, lss, tokenize

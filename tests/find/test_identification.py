@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from langneuron_mi.find.identification import entropy, firing_rates, lape, random_neurons
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.identification import entropy, lape
+from langneuron_mi.find.rates import firing_rates
+from langneuron_mi.find.controls import random_neurons
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 
 getcontext().prec = 40
 fast = settings(max_examples=400, deadline=None, derandomize=True)

@@ -15,9 +15,12 @@ from sklearn.metrics import average_precision_score
 from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.recording.groups import LEVELS
-from langneuron_mi.find.identification import (activation_probability, average_precision, average_precisions, lambda_score, language_activated, lape, plnd, random_neurons)
+from langneuron_mi.find.controls import random_neurons
+from langneuron_mi.find.identification import lambda_score, lape
+from langneuron_mi.find.rivals import activation_probability, average_precision, average_precisions, language_activated, plnd
 from langneuron_mi.models.loading import load_model
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet, set_overlap
+from langneuron_mi.find.language_neurons import LanguageNeurons, set_overlap
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model

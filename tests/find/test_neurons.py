@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from langneuron_mi.core import artifacts
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 
 SHAPE = 3, 7
 cells = st.sets(st.tuples(st.integers(0, SHAPE[0] - 1), st.integers(0, SHAPE[1] - 1)))

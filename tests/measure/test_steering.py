@@ -9,7 +9,8 @@ from langneuron_mi.change.generation import counts_as, generate_texts, identify,
 from langneuron_mi.change.interventions import Current, Intervention, ablate, add, amplify, set_to, steer
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.record import record
 from langneuron_mi.measure.steering import Steering, factor, layer_sweep, log_probs, lss, tokenize

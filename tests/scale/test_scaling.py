@@ -28,7 +28,8 @@ from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
 from langneuron_mi.measure.probes import Fact, Probes
 from langneuron_mi.recording.recorder import Recorder, RecordingError
