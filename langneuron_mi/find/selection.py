@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/find/04_selection.ipynb #e9043bbc
+# %% ../../nbs/find/04_selection.ipynb #3b28053f
 import warnings
 
 import numpy as np
@@ -17,7 +17,7 @@ from .language_neurons import LanguageNeurons
 from .neurons import NeuronSet
 from .rates import _counts,_rates
 
-# %% ../../nbs/find/04_selection.ipynb #979249ff
+# %% ../../nbs/find/04_selection.ipynb #da182df7
 def _check_shares(**shares):
     "Every parameter is a share of the whole."
     for k,v in shares.items():
@@ -25,7 +25,7 @@ def _check_shares(**shares):
             raise ValueError(f"{k} is a share, {'above 0' if k=='top' else 'from 0'} and at most 1; got {v}"
                              + (f": did you mean {v/100}?" if 1<v<=100 else ""))
 
-# %% ../../nbs/find/04_selection.ipynb #7779f930
+# %% ../../nbs/find/04_selection.ipynb #d94d16ab
 def _smallest(score, m:int) -> Bool[Tensor,"layer neuron"]:
     "The `m` smallest scores that are not nan; ties by (layer, neuron)."
     flat = score.flatten().numpy()
@@ -35,7 +35,7 @@ def _smallest(score, m:int) -> Bool[Tensor,"layer neuron"]:
     taken[torch.from_numpy(at[order[:m]])] = True
     return taken.view(score.shape)
 
-# %% ../../nbs/find/04_selection.ipynb #28462e9c
+# %% ../../nbs/find/04_selection.ipynb #c9aab1da
 def _none(stats) -> NeuronSet:
     "The empty set of the model that the statistics are of."
     model = getattr(stats, 'model', None) or (getattr(stats, 'meta', None) or {}).get("model")
@@ -47,7 +47,7 @@ def _facts(stats) -> dict:
     n_tokens = {k: int(stats.n_tokens[k]) for k in stats.langs}
     return dict(provenance={**said, "n_tokens": n_tokens}, seen=dict(getattr(stats, 'seen', None) or {}))
 
-# %% ../../nbs/find/04_selection.ipynb #c41b80ed
+# %% ../../nbs/find/04_selection.ipynb #07918e11
 def _owned(stats, counts, tokens, taken, bar) -> dict: # language -> NeuronSet
     "For each language, the taken neurons whose rate there exceeds `bar`."
     own = {lang: torch.zeros(taken.shape, dtype=torch.bool) for lang in stats.langs}
@@ -60,7 +60,7 @@ def _owned(stats, counts, tokens, taken, bar) -> dict: # language -> NeuronSet
                       "raise top= or lower bar=, or give more text", stacklevel=3)
     return {lang: _none(stats)|NeuronSet.from_mask(o, stats.site) for lang,o in own.items()}
 
-# %% ../../nbs/find/04_selection.ipynb #edaa845d
+# %% ../../nbs/find/04_selection.ipynb #847bb39b
 def _exclusive(masks:Bool[Tensor,"lang layer neuron"]) -> Bool[Tensor,"lang layer neuron"]:
     "Only what a single language has."
     return masks & (masks.sum(0)==1)
