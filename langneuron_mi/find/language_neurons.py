@@ -18,7 +18,8 @@ from fastcore.basics import patch,patch_to
 from jaxtyping import Int64,Shaped
 from torch import Tensor
 
-from ..core import artifacts
+from ..core.artifacts import load_artifact,save_artifact
+from ..core import fingerprints
 from .neurons import NeuronSet,_long,_same
 from .published import read_lsn,read_rucaibox,write_rucaibox
 
@@ -89,7 +90,7 @@ def model(self:LanguageNeurons) -> str|None:
 @patch(as_prop=True)
 def fingerprint(self:LanguageNeurons) -> str:
     "16 hex digits over the sets, the method and its parameters."
-    return artifacts.fingerprint("LanguageNeurons", [[k,v.fingerprint] for k,v in self.items()], self.method, self.parameters)
+    return fingerprints.fingerprint("LanguageNeurons", [[k,v.fingerprint] for k,v in self.items()], self.method, self.parameters)
 
 @patch
 def sizes(self:LanguageNeurons) -> pd.Series: # indexed by language
@@ -253,14 +254,14 @@ def save(self:LanguageNeurons,
     if self.score is not None: tensors["score"] = self.score.contiguous()
     meta = dict(langs=list(self), shape=list(self.shape), site=self.site, model=self.model, method=self.method,
                 metric=self.metric, parameters=self.parameters, provenance=self.provenance, low_is_best=self.low_is_best)
-    return artifacts.save_artifact(path, KIND, tensors, meta)
+    return save_artifact(path, KIND, tensors, meta)
 
 @patch_to(LanguageNeurons, cls_method=True)
 def load(cls,
          path:str|os.PathLike, # file written by `save`
         ) -> LanguageNeurons:
     "Read what `save` wrote."
-    tensors,meta = artifacts.load_artifact(path, KIND)
+    tensors,meta = load_artifact(path, KIND)
     blank = NeuronSet([], meta["shape"], meta["site"], meta["model"])
     seen = {k.removeprefix("seen."): v.numpy().view(np.uint64) for k,v in tensors.items() if k.startswith("seen.")}
     return cls({k: blank._with(index=tensors[f"neurons.{k}"]) for k in meta["langs"]}, method=meta["method"],

@@ -17,7 +17,7 @@ from fastcore.basics import patch,patch_to
 from jaxtyping import Bool,Int64,Shaped
 from torch import Tensor
 
-from ..core import artifacts
+from ..core.fingerprints import fingerprint
 
 # %% ../../nbs/find/00_neurons.ipynb #7a504af5
 SITES = "gate","post"  # act_fn(gate(x)), and its product with up(x)
@@ -87,7 +87,7 @@ class NeuronSet:
     @property
     def fingerprint(self) -> str:
         "16 hex digits over members, shape, site and model."
-        return artifacts.fingerprint("NeuronSet", self.index, list(self.shape), self.site, self.model)
+        return fingerprint("NeuronSet", self.index, list(self.shape), self.site, self.model)
 
 # %% ../../nbs/find/00_neurons.ipynb #1f71e209
 @patch_to(NeuronSet, cls_method=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import artifacts
+from ..core.files import ArtifactError,atomic_write
 from .neurons import NeuronSet,_shape
 
 # %% ../../nbs/find/01_published.ipynb #5a9b6647
@@ -29,10 +29,10 @@ def _read_pth(path) -> list: # K lists of L integer tensors
         with warnings.catch_warnings(action="ignore"): data = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError: raise
     except Exception as e:
-        raise artifacts.ArtifactError(f"{what}; it holds something other than tensors and lists, or is damaged, and is not "
+        raise ArtifactError(f"{what}; it holds something other than tensors and lists, or is damaged, and is not "
                                       f"opened, since a pickle can run code ({type(e).__name__})") from None
     if not (isinstance(data,list) and all(isinstance(o,(list,tuple)) and all(map(_indices,o)) for o in data)):
-        raise artifacts.ArtifactError(what)
+        raise ArtifactError(what)
     return data
 
 # %% ../../nbs/find/01_published.ipynb #1d274664
@@ -45,14 +45,14 @@ def read_rucaibox(path:str|os.PathLike, # a .pth of RUCAIBox/Language-Specific-N
     "Published neurons by language; languages are named by you, since the file does not."
     data,langs,(n_layers,d_mlp) = _read_pth(path),list(langs),_shape(shape)
     if len(data)!=len(langs) or len(set(langs))!=len(langs):
-        raise artifacts.ArtifactError(f"{path} holds {len(data)} languages, and {len(langs)} names were given "
+        raise ArtifactError(f"{path} holds {len(data)} languages, and {len(langs)} names were given "
                                       f"({', '.join(langs)}): give one name for each, in the file's order")
     sets = {}
     for lang,rows in zip(langs,data):
-        if len(rows)!=n_layers: raise artifacts.ArtifactError(f"{path} has {len(rows)} layers, the model {n_layers}")
+        if len(rows)!=n_layers: raise ArtifactError(f"{path} has {len(rows)} layers, the model {n_layers}")
         pairs = torch.cat([torch.stack([torch.full_like(o.long(),l), o.long()],1) for l,o in enumerate(rows)])
         try: sets[lang] = NeuronSet(pairs, shape, site, model)
-        except ValueError as e: raise artifacts.ArtifactError(f"{path}, language {lang!r}: {e}") from None
+        except ValueError as e: raise ArtifactError(f"{path}, language {lang!r}: {e}") from None
     return sets
 
 def write_rucaibox(sets:Mapping,          # language -> NeuronSet, at least one, all of one model
@@ -60,7 +60,7 @@ def write_rucaibox(sets:Mapping,          # language -> NeuronSet, at least one,
                   ) -> Path:
     "Write neurons in RUCAIBox's form; remember the order of the languages, the file does not."
     data = [[v.neurons_in(l).clone() for l in range(v.shape[0])] for v in sets.values()]
-    with artifacts.atomic_write(path) as tmp: torch.save(data, tmp)
+    with atomic_write(path) as tmp: torch.save(data, tmp)
     return Path(path)
 
 # %% ../../nbs/find/01_published.ipynb #3dbdbd0a
@@ -85,7 +85,7 @@ class _Unpickler(pickle.Unpickler):
     "Makes tensors, arrays, paths and plain values, and nothing else."
     def find_class(self, module, name):
         if (module,name) in _known: return _known[module,name]
-        raise artifacts.ArtifactError(f"it asks for {module}.{name}, which could run code; only tensors, arrays, paths and "
+        raise ArtifactError(f"it asks for {module}.{name}, which could run code; only tensors, arrays, paths and "
                                       "plain values are read")
 
 def _read_pickle(path) -> object:
@@ -93,16 +93,16 @@ def _read_pickle(path) -> object:
     if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
     try:
         with open(path, "rb") as f: return _Unpickler(f).load()
-    except artifacts.ArtifactError as e: raise artifacts.ArtifactError(f"{path} is not read: {e}") from None
-    except Exception as e: raise artifacts.ArtifactError(f"{path} is damaged or no pickle ({type(e).__name__}: {e})") from None
+    except ArtifactError as e: raise ArtifactError(f"{path} is not read: {e}") from None
+    except Exception as e: raise ArtifactError(f"{path} is damaged or no pickle ({type(e).__name__}: {e})") from None
 
 # %% ../../nbs/find/01_published.ipynb #9d276785
 def _lsn_shape(data:dict, shape, path) -> Sequence: # (n_layers, d_mlp)
     "The model's size: as given, as in the file, and the same where both tell it."
     own = (data.get("L"), data.get("int_d"))
-    if shape is None and None in own: raise artifacts.ArtifactError(f"{path} does not tell the model's size: give shape=(n_layers, d_mlp)")
+    if shape is None and None in own: raise ArtifactError(f"{path} does not tell the model's size: give shape=(n_layers, d_mlp)")
     if shape is not None and None not in own and tuple(shape)!=own:
-        raise artifacts.ArtifactError(f"{path} is of a model of {own[0]} layers x {own[1]}, not {tuple(shape)}")
+        raise ArtifactError(f"{path} is of a model of {own[0]} layers x {own[1]}, not {tuple(shape)}")
     return own if shape is None else shape
 
 def read_lsn(path:str|os.PathLike,     # lang_neuron_data.pkl of soumenkm/LSN
@@ -114,13 +114,13 @@ def read_lsn(path:str|os.PathLike,     # lang_neuron_data.pkl of soumenkm/LSN
     data = _read_pickle(path)
     rows = data.get("lang_to_neuron") if isinstance(data, dict) else None
     if not isinstance(rows, dict) or not rows:
-        raise artifacts.ArtifactError(f"{path} has no 'lang_to_neuron': not a neuron file of soumenkm/LSN")
+        raise ArtifactError(f"{path} has no 'lang_to_neuron': not a neuron file of soumenkm/LSN")
     size,sets = _lsn_shape(data, shape, path),{}
     for lang,pairs in rows.items():
         t = torch.as_tensor(pairs)
         try: found = NeuronSet(t.long() if t.numel() else [], size, site, model)
-        except (ValueError, TypeError) as e: raise artifacts.ArtifactError(f"{path}, language {lang!r}: {e}") from None
+        except (ValueError, TypeError) as e: raise ArtifactError(f"{path}, language {lang!r}: {e}") from None
         if len(found)!=(len(t) if t.numel() else 0):
-            raise artifacts.ArtifactError(f"{path}, language {lang!r}: {len(t)} rows name {len(found)} neurons; some are given twice")
+            raise ArtifactError(f"{path}, language {lang!r}: {len(t)} rows name {len(found)} neurons; some are given twice")
         sets[str(lang)] = found
     return sets,{k: v for k,v in data.items() if k!="lang_to_neuron"}

@@ -1,6 +1,7 @@
 "Artifacts: crashes, real full disks, other processes, and properties over all inputs."
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langneuron_mi.core import artifacts
-from langneuron_mi.core.artifacts import (ArtifactError, atomic_write, fingerprint, load_artifact, load_json, provenance,
-                                     read_header, save_artifact, save_json)
+from langneuron_mi.core.files import ArtifactError, atomic_write, load_json, save_json
+from langneuron_mi.core.fingerprints import fingerprint, provenance
+from langneuron_mi.core.artifacts import load_artifact, read_header, save_artifact
 
 
 def python(code, *args):
@@ -51,7 +52,7 @@ def test_artifacts_fingerprint_ignores_dict_order(d):
 
 def test_artifacts_fingerprint_same_in_another_process():
     x = dict(site="gate", lam=.2, langs=["de", "ar"], n=3, none=None)
-    code = "import json,sys; from langneuron_mi.core.artifacts import fingerprint; print(fingerprint(json.loads(sys.argv[1])))"
+    code = "import json,sys; from langneuron_mi.core.fingerprints import fingerprint; print(fingerprint(json.loads(sys.argv[1])))"
     assert python(code, json.dumps(x)).stdout.strip() == fingerprint(x)
 
 
@@ -83,7 +84,7 @@ def test_artifacts_atomic_crash_keeps_the_old_file(tmp_path):
     target.write_bytes(b"old")
     crash = python("""
 import os, sys
-from langneuron_mi.core.artifacts import atomic_write
+from langneuron_mi.core.files import atomic_write
 with atomic_write(sys.argv[1]) as tmp:
     tmp.write_bytes(b'half')
     os._exit(9)""", target)
@@ -100,7 +101,7 @@ def test_artifacts_atomic_leaves_others_alone(tmp_path):
     target = tmp_path/"a.bin"
     with atomic_write(target) as one, atomic_write(target) as two:  # as two threads would
         one.write_bytes(b"1"), two.write_bytes(b"2")
-    host = artifacts.socket.gethostname()
+    host = socket.gethostname()
     foreign = [tmp_path/f".a~{host}~{os.getppid()}~x.tmp.bin", tmp_path/".a~other~99999999~x.tmp.bin",
                tmp_path/f".ab~{host}~99999999~x.tmp.bin", tmp_path/f".a~{host}~word~x.tmp.bin", tmp_path/".a~x.tmp.bin"]
     for f in foreign: f.write_bytes(b"")
@@ -117,7 +118,8 @@ def test_artifacts_atomic_real_write_error(tmp_path):
     old = target.read_bytes()
     code = """
 import resource, signal, sys, torch
-from langneuron_mi.core.artifacts import ArtifactError, atomic_write, save_artifact
+from langneuron_mi.core.files import ArtifactError, atomic_write
+from langneuron_mi.core.artifacts import save_artifact
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 def plain():
@@ -188,7 +190,8 @@ def test_artifacts_same_bytes_in_another_process(tmp_path):
     code = """
 import sys, torch
 from langneuron_mi.core.artifacts import save_artifact
-save_artifact(sys.argv[1], 'x', {'b': torch.arange(5), 'a': torch.ones(2, 2), 'c': torch.zeros(3, dtype=torch.bfloat16)}, {'z': 1, 'y': [.1, None], 3: 'three', 20: 'twenty'})"""
+save_artifact(sys.argv[1], 'x', {'b': torch.arange(5), 'a': torch.ones(2, 2), 'c': torch.zeros(3, dtype=torch.bfloat16)},
+              {'z': 1, 'y': [.1, None], 3: 'three', 20: 'twenty'})"""
     for name in "12": assert python(code, tmp_path/name).returncode == 0
     assert (tmp_path/"1").read_bytes() == (tmp_path/"2").read_bytes()
     assert load_artifact(tmp_path/"1", "x")[1]["20"] == "twenty"
@@ -206,7 +209,8 @@ def test_artifacts_no_changed_or_missing_byte_passes_unnoticed(tmp_path):
             bad.write_bytes(raw[:i] + bytes([raw[i] ^ bit]) + raw[i+1:])
             try: t, m = load_artifact(bad, "x")
             except ArtifactError: continue
-            assert m == meta and t.keys() == tensors.keys() and all(torch.equal(t[k], v) and t[k].dtype == v.dtype for k, v in tensors.items())
+            assert m == meta and t.keys() == tensors.keys()
+            assert all(torch.equal(t[k], v) and t[k].dtype == v.dtype for k, v in tensors.items())
 
 
 def test_artifacts_refusals(tmp_path):
@@ -268,5 +272,6 @@ def test_artifacts_are_readable_as_the_umask_says(tmp_path):
 
 def test_artifacts_a_file_of_another_kind_is_not_called_damaged(tmp_path):
     (tmp_path/"en.txt").write_text("A corpus, by no means to be deleted.")
-    with pytest.raises(ArtifactError, match="is no safetensors file; give a file that this package wrote") as e: load_artifact(tmp_path/"en.txt", "x")
+    with pytest.raises(ArtifactError, match="is no safetensors file; give a file that this package wrote") as e:
+        load_artifact(tmp_path/"en.txt", "x")
     assert "delete" not in str(e.value)

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from sklearn.metrics import average_precision_score
 
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.files import ArtifactError
 from langneuron_mi.recording.groups import LEVELS
 from langneuron_mi.find.controls import random_neurons
 from langneuron_mi.find.identification import lambda_score, lape
@@ -53,7 +53,8 @@ def stats_of(counts, tokens, langs=None):
 def test_average_precision_equals_sklearn_with_ties(seed, K, n):
     g = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(K), g.integers(0, K, n)])
-    scores = np.stack([g.integers(0, 4, len(labels)).astype(float), g.normal(size=len(labels)), np.zeros(len(labels)), g.normal(size=len(labels)).round(1)], 1)
+    size = len(labels)
+    scores = np.stack([g.integers(0, 4, size).astype(float), g.normal(size=size), np.zeros(size), g.normal(size=size).round(1)], 1)
     got = average_precisions(torch.from_numpy(scores), torch.from_numpy(labels), K)
     want = [[average_precision_score(labels == k, scores[:, i]) for i in range(scores.shape[1])] for k in range(K)]
     assert np.abs(got.numpy() - want).max() < 1e-12
@@ -62,8 +63,9 @@ def test_average_precision_equals_sklearn_with_ties(seed, K, n):
 def test_average_precision_sets_equal_sklearn_on_a_tiny_model(tiny_stats):
     s = tiny_stats
     labels = np.repeat(np.arange(3), 8)
-    ap = np.stack([[[average_precision_score(labels == k, torch.cat([s.text_means[o][l][:, i] for o in s.langs]).double().numpy()) for i in range(s.d_mlp)]
-                    for l in range(s.n_layers)] for k in range(3)])
+    def precision(k, l, i):
+        return average_precision_score(labels == k, torch.cat([s.text_means[o][l][:, i] for o in s.langs]).double().numpy())
+    ap = np.array([[[precision(k, l, i) for i in range(s.d_mlp)] for l in range(s.n_layers)] for k in range(3)])
     found = average_precision(s, top=5, bottom=3)
     assert np.abs(found.score.numpy() - ap).max() < 1e-12
     for k, lang in enumerate(s.langs):
@@ -72,7 +74,7 @@ def test_average_precision_sets_equal_sklearn_on_a_tiny_model(tiny_stats):
         assert {l*s.d_mlp + i for l, i in found[lang]} == want
     over = average_precision(s, threshold=.6)
     mask = ap > .6
-    assert {lang: set(over[lang]) for lang in s.langs} == {lang: {tuple(map(int, p)) for p in np.argwhere(mask[k] & (mask.sum(0) == 1))} for k, lang in enumerate(s.langs)}
+    for k, lang in enumerate(s.langs): assert set(over[lang]) == {tuple(map(int, p)) for p in np.argwhere(mask[k] & (mask.sum(0) == 1))}
     both = average_precision(s, threshold=.6, exclusive=False)
     assert all(set(both[l]) >= set(over[l]) for l in s.langs)
 
@@ -114,7 +116,8 @@ def slow_lambda(counts, tokens, lam, top, bar, minus=None):
     return [sorted((l, i) for l, i in taken if p[k, l, i] > least) for k in range(K)]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0., .05, .109375, .2]), st.sampled_from([.05, .3, 1.]), st.sampled_from([.5, .95]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([0., .05, .109375, .2]), st.sampled_from([.05, .3, 1.]), st.sampled_from([.5, .95]),
+       st.booleans())
 def test_lambda_score_equals_loops(seed, lam, top, bar, with_prefix):
     g = np.random.default_rng(seed)
     tokens = [97, 300, 41]
@@ -154,7 +157,9 @@ def test_lambda_score_of_a_prefix_difference_counts_the_answers_only():
     for lang, texts in TEXTS.items():
         for t in texts:
             ids, k = [1] + tok(t, add_special_tokens=False).input_ids, 1 + len(tok(t.split()[0], add_special_tokens=False).input_ids)
-            keep, hooks = [], [layer.mlp.act_fn.register_forward_hook(lambda m, i, o: keep.append((o[0, k:] > 0).sum(0))) for layer in tiny_layers(model)]
+            keep = []
+            def fired(m, i, o): keep.append((o[0, k:] > 0).sum(0))
+            hooks = [layer.mlp.act_fn.register_forward_hook(fired) for layer in tiny_layers(model)]
             with torch.no_grad(): tiny_hf(model)(torch.tensor([ids]))
             for h in hooks: h.remove()
             tail[lang] += torch.stack(keep)
@@ -175,7 +180,8 @@ def tiny_layers(model):
 
 def test_lambda_score_refuses():
     s = stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "de"])
-    with pytest.raises(ValueError, match="langs differs"): lambda_score(s, minus=stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "fr"]))
+    french = stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "fr"])
+    with pytest.raises(ValueError, match="langs differs"): lambda_score(s, minus=french)
     with pytest.raises(ValueError, match="number or 'auto'"): lambda_score(s, lam="best")
     with pytest.raises(ValueError, match="two or more"): lambda_score(s.select(["en"]))
     turned = lambda_score(s, lam=0, minus=stats_of(torch.tensor([[[0, 1, 1]], [[1, 0, 0]]]), [2, 2], ["de", "en"]), top=1., bar=0)
@@ -190,7 +196,8 @@ def test_plnd_equals_brute_force(tiny_stats):
         use = k or round(.14*s.d_mlp)
         always = {}
         for lang in s.langs:
-            sets = [{(l, i) for l in range(s.n_layers) for i in sorted(range(s.d_mlp), key=lambda i: (-float(s.impact[lang][l][t, i]), i))[:use]} for t in range(8)]
+            def first(l, t): return sorted(range(s.d_mlp), key=lambda i: (-float(s.impact[lang][l][t, i]), i))[:use]
+            sets = [{(l, i) for l in range(s.n_layers) for i in first(l, t)} for t in range(8)]
             always[lang] = set.intersection(*sets)
         own = {l: v - set().union(*(always[o] for o in s.langs if o != l)) for l, v in always.items()}
         assert {l: set(v) for l, v in plnd(s, k=k).items()} == own
@@ -200,13 +207,14 @@ def test_plnd_equals_brute_force(tiny_stats):
 
 def test_language_activated_equals_brute_force(tiny_stats):
     s = tiny_stats
-    want = {lang: {(l, i) for l in range(s.n_layers) for i in range(s.d_mlp) if all(float(s.text_means[lang][l][t, i]) > 0 for t in range(8))} for lang in s.langs}
+    def always(lang, l, i): return all(float(s.text_means[lang][l][t, i]) > 0 for t in range(8))
+    want = {lang: {(l, i) for l in range(s.n_layers) for i in range(s.d_mlp) if always(lang, l, i)} for lang in s.langs}
     assert {l: set(v) for l, v in language_activated(s).items()} == want and any(want.values())
 
 
 @pytest.mark.parametrize("by", ["p75", "p90", "p95", "rate", "mean", "mean_abs"])
 def test_activation_probability_equals_brute_force(by):
-    "The threshold is the upper edge of the histogram's bin that holds the percentile; the share beyond it is counted on all activations kept."
+    "The threshold is the upper edge of the bin that holds the percentile; the share beyond it is counted on all activations kept."
     from langneuron_mi.recording.groups import _edges, bins
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
@@ -214,7 +222,8 @@ def test_activation_probability_equals_brute_force(by):
     found = activation_probability(s, by=by, top=.05)
     for k, lang in enumerate(s.langs):
         kept, hooks = [[] for _ in range(2)], []
-        for l, layer in enumerate(tiny_layers(model)): hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept[l].append(o[0, 1:])))
+        for l, layer in enumerate(tiny_layers(model)):
+            hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept[l].append(o[0, 1:])))
         with torch.no_grad():
             for t in TEXTS[lang]: tiny_hf(model)(torch.tensor([[1] + tok(t, add_special_tokens=False).input_ids]))
         for h in hooks: h.remove()
@@ -240,8 +249,8 @@ def test_methods_on_the_planted_model(planted_stats):
     n = len(truth["de"])
     for method in (lape(s), lambda_score(s)): assert {k: set(v) for k, v in method.items()} == truth
     ap = average_precision(s, top=n, bottom=0)
-    assert all(float(ap.score[k][pair]) == 1. for k, lang in enumerate(s.langs) for pair in truth[lang])  # planted neurons are perfect detectors
-    assert all(float(ap.score[k][pair]) == 1. for k, lang in enumerate(s.langs) for pair in ap[lang])   # and so is whatever ties with them
+    for k, lang in enumerate(s.langs):  # planted neurons are perfect detectors, and so is whatever ties with them
+        assert all(float(ap.score[k][pair]) == 1. for pair in [*truth[lang], *ap[lang]])
     everyone = language_activated(s)
     for lang in s.langs:
         assert truth[lang] <= set(everyone[lang]) and set(p.shared) <= set(everyone[lang])  # one language at a time: shared neurons too
@@ -249,9 +258,11 @@ def test_methods_on_the_planted_model(planted_stats):
         marker = [pair for pair in truth[lang] if pair in used]
         assert marker and not (set(p.silent) & used) and set(p.shared) <= used
         assert set(p.shared).isdisjoint(plnd(s, k=60)[lang])
-        assert not truth[lang] <= set(activation_probability(s, by="p90", top=n/s.n_layers/s.d_mlp)[lang])  # all languages tie at 10 %: not what it measures
+        p90 = activation_probability(s, by="p90", top=n/s.n_layers/s.d_mlp)
+        assert not truth[lang] <= set(p90[lang])  # all languages tie at 10 %: not what it measures
         rate = activation_probability(s, by="rate", top=(n + len(p.shared))/s.n_layers/s.d_mlp)
-        assert all(float(rate.score[s.langs.index(lang)][pair]) == 1. for pair in rate[lang])  # among the neurons that always fire, own or shared
+        # among the neurons that always fire, own or shared
+        assert all(float(rate.score[s.langs.index(lang)][pair]) == 1. for pair in rate[lang])
 
 
 def test_methods_scale_without_a_loop_over_neurons():
@@ -295,9 +306,9 @@ def test_formats_rucaibox_round_trip_and_errors(tmp_path):
     found = LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(32, 11008))
     back = torch.load(found.to_rucaibox(tmp_path/"b.pth"), weights_only=True)
     assert all(torch.equal(x, y) for a, b in zip(lists, back) for x, y in zip(a, b)) and [len(b) for b in back] == [32]*6
-    with pytest.raises(ArtifactError, match="holds 6 languages, and 7 names"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=[*langs, "ja"], shape=(32, 11008))
-    with pytest.raises(ArtifactError, match="32 layers, the model 40"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(40, 11008))
-    with pytest.raises(ArtifactError, match="outside this model"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(32, 100))
+    for names, shape, says in (([*langs, "ja"], (32, 11008), "holds 6 languages, and 7 names"),
+                               (langs, (40, 11008), "32 layers, the model 40"), (langs, (32, 100), "outside this model")):
+        with pytest.raises(ArtifactError, match=says): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=names, shape=shape)
 
 
 class Evil:
@@ -316,7 +327,8 @@ def test_formats_malicious_files_run_nothing(tmp_path, trap):
     torch.save(Evil(), inner)
     class Hidden:  # a tensor's bytes that hold a pickle of their own
         def __reduce__(self): return torch.storage._load_from_bytes, (inner.getvalue(),)
-    files = {k: pickle.dumps(x) for k, x in dict(plain=Evil(), inside=dict(lang_to_neuron={"en": Evil()}), hidden=dict(lang_to_neuron={"en": Hidden()})).items()}
+    evil = dict(plain=Evil(), inside=dict(lang_to_neuron={"en": Evil()}), hidden=dict(lang_to_neuron={"en": Hidden()}))
+    files = {k: pickle.dumps(x) for k, x in evil.items()}
     files["eval"] = b"cbuiltins\neval\n(S'open(\"" + str(trap).encode() + b"\",\"w\")'\ntR."
     for name, data in files.items():
         (tmp_path/name).write_bytes(data)
@@ -328,8 +340,8 @@ def test_formats_malicious_files_run_nothing(tmp_path, trap):
 
 
 def test_formats_lsn(tmp_path):
-    content = dict(device=torch.device("cpu"), model_name="meta-llama/Meta-Llama-3.1-8B", lang_list=["en", "vi"], method="act_prob_90p", cwd=pathlib.Path("/home/x"),
-                   lang_neuron_path=pathlib.PosixPath("/home/x/a.pkl"), quant_config=None, L=4, int_d=16, m=2,
+    content = dict(device=torch.device("cpu"), model_name="meta-llama/Meta-Llama-3.1-8B", lang_list=["en", "vi"], method="act_prob_90p",
+                   cwd=pathlib.Path("/home/x"), lang_neuron_path=pathlib.PosixPath("/home/x/a.pkl"), quant_config=None, L=4, int_d=16, m=2,
                    lang_to_neuron={"en": torch.tensor([[3, 15], [0, 2]]), "vi": torch.tensor([[1, 1], [1, 2]])})
     (tmp_path/"a.pkl").write_bytes(pickle.dumps(content))
     found = LanguageNeurons.from_lsn(tmp_path/"a.pkl")
@@ -351,10 +363,11 @@ def test_formats_activation_counts(tmp_path):
     c = torch.randint(0, 50, (2, 3, 8))
     torch.save(dict(n=50, over_zero=c[0].int()), tmp_path/"activation.en.train.llama")
     torch.save(dict(total_tokens=60, over_zero=c[1]), tmp_path/"activation.de.Mistral.pt")
-    s = ActivationStats.from_rucaibox({"en": tmp_path/"activation.en.train.llama", "de": tmp_path/"activation.de.Mistral.pt"}, model_id="Mistral")
+    en, de = tmp_path/"activation.en.train.llama", tmp_path/"activation.de.Mistral.pt"
+    s = ActivationStats.from_rucaibox({"en": en, "de": de}, model_id="Mistral")
     assert torch.equal(s.count_pos, c) and s.n_tokens == {"en": 50, "de": 60} and lape(s).langs == ("en", "de")
     torch.save(dict(n=50, over_zero=c[0, :2]), tmp_path/"other")
-    with pytest.raises(ArtifactError, match="different models"): ActivationStats.from_rucaibox({"en": tmp_path/"activation.en.train.llama", "de": tmp_path/"other"})
+    with pytest.raises(ArtifactError, match="different models"): ActivationStats.from_rucaibox({"en": en, "de": tmp_path/"other"})
     torch.save(dict(n=5, over_zero=c[0] + 10), tmp_path/"few")
     with pytest.raises(ValueError, match="between 0 and the 5 tokens"): ActivationStats.from_rucaibox({"en": tmp_path/"few"})
     torch.save([c[0]], tmp_path/"list")
