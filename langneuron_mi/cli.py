@@ -150,7 +150,7 @@ def perplexity(
     from langneuron_mi.find.language_neurons import LanguageNeurons
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     from langneuron_mi.text.sources import load_corpus
     from langneuron_mi.models.loading import load_model
     from langneuron_mi.measure.perplexity import perplexity_matrix
@@ -242,13 +242,13 @@ def eval_(
     name = f"{lang}-{edit}" if neurons else "none"
     found = evaluate(hooked, loaded, change, **how)
     found.save(Path(out)/f"{name}.safetensors")
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     with atomic_write(Path(out)/f"{name}.csv") as tmp: found.to_df().to_csv(tmp, index=False)
     return "\n".join([f"{r.task} {r.metric} {r.value:.3f}" + (f" [{r.low:.3f}, {r.high:.3f}]" if r.low == r.low else "") + f", {r.n:,} items" for r in found.to_df().itertuples()] + [f"results: {Path(out)/name}.csv"])
 
 def _write_matrix(found, out: Path) -> str:
     "Tables, figure and sentences of a task matrix."
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     from langneuron_mi.figures.look import save_figures
     found.save(out/"matrix.safetensors")
     for name, table in dict(matrix=found.to_df(), headline=found.headline()).items():
@@ -281,7 +281,7 @@ def report(
     folder: str, # of an experiment that has run
 ):
     "Write the report of an experiment again, from what it kept"
-    from langneuron_mi.core.artifacts import load_json
+    from langneuron_mi.core.files import load_json
     from langneuron_mi.studies.comparison import Experiment
     facts = load_json(Path(folder)/"provenance.json")
     if "experiment" not in facts: raise ValueError(f"{folder} holds no experiment" + ("; it is a steering study, whose report langneuron steer writes" if "study" in facts else ""))
@@ -294,7 +294,8 @@ def info(
 ):
     "What an artifact holds and where it comes from, or the versions at work"
     import json
-    from langneuron_mi.core.artifacts import provenance, read_header
+    from langneuron_mi.core.fingerprints import provenance
+    from langneuron_mi.core.artifacts import read_header
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint, load_json, provenance, save_json
+from ..core.fingerprints import fingerprint, provenance
+from ..core.files import load_json, save_json
 from ..text.identifier import _identifier
 from .interventions import Intervention
 from ..text.languages import UnknownLanguage, language

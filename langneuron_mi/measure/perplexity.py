@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.artifacts import load_artifact, provenance, save_artifact
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..recording.recorder import one_language

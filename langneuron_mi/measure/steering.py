@@ -21,7 +21,8 @@ import torch
 from fastcore.basics import patch
 
 from ..recording.stats import ActivationStats
-from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import takes
 from ..change.interventions import Current, Intervention, ablate, add, amplify, set_to

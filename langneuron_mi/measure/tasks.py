@@ -20,7 +20,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint, load_artifact, load_json, provenance, save_artifact, save_json
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.files import load_json, save_json
 from ..change.interventions import Intervention, check_model
 from ..models.hooked import ModelView
 from ..models.loading import load_model

@@ -21,7 +21,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import atomic_write, fingerprint, load_artifact, load_json, provenance, save_artifact, save_json
+from ..core.files import atomic_write, load_json, save_json
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
 from ..text.corpus import Corpus, CorpusError, _codes
 from ..text.sources import FileTexts, _hub_commit, load_corpus
 from ..change.generation import _known, counts_as, identify

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.artifacts import load_artifact, provenance, save_artifact
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.fingerprints import provenance
 from ..text.corpus import _codes
 from ..models.view import view
 from .steering import _set, factor

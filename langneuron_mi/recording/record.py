@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.artifacts import fingerprint, save_json
+from ..core.fingerprints import fingerprint
+from ..core.files import save_json
 from ..core.engine import Checkpoint, Run, Session, Work, check_config, fold, open_session
 from ..core.settings import takes
 from ..models.hooked import ModelView

@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..core.artifacts import ArtifactError, fingerprint, load_artifact, provenance, read_header, save_artifact, save_json
+from ..core.files import ArtifactError, save_json
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, read_header, save_artifact
 from .groups import LEVELS, group_of
 from ..text.languages import language
 

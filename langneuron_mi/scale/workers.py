@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import _version
+from ..core.fingerprints import _version
 from ..models.hooked import ModelError, ModelView, _facts
 from ..models.bundled import _bundled
 from ..models.loading import load_model

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..core.engine import Run, Work, open_session
 from ..core.settings import takes
-from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
 from ..change.interventions import ablate, amplify
 from ..text.languages import join_continuation, language
 from ..models.hooked import ModelView

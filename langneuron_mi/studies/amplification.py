@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from ..change.generation import Generations, generate_texts
 from ..change.interventions import POSITIONS
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.settings import unknown
 from ..figures.look import neurons_per_layer
 from ..find.language_neurons import LanguageNeurons

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..change.generation import identify
 from ..change.interventions import Intervention, ablate, amplify
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Keep, Run, Work, kept, open_session
 from ..find.identification import lape
 from ..find.controls import random_neurons

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..core.engine import Keep, kept
 from ..find.language_neurons import LanguageNeurons
 from ..find.neurons import NeuronSet

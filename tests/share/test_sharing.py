@@ -15,7 +15,7 @@ from lens import lens_models
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.files import ArtifactError
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
