@@ -187,7 +187,8 @@ def _record_all(session: Session, recorder: Recorder, windows: TokenWindows, rec
     there = {lang: folder.part(lang).peek() for lang in windows.langs}
     left = [s for lang in windows.langs for s in by_lang[lang][there[lang].get("done", 0):]]
     results = session.map(_work(recorder, windows, left, sum(facts.get("n_tokens", 0) for facts in there.values())))
-    found, n, texts, sums = {}, {}, {}, {}
+    found, n = {}, {}
+    texts, sums = {}, {}
     try:
         for lang in windows.langs:
             found[lang], n[lang] = _language(recorder, windows, by_lang[lang], folder.part(lang), results, recording.checkpoint_every)
