@@ -141,7 +141,8 @@ def measure(tokens: int, rounds: int) -> dict:
 
 def main(tokens: int, rounds: int) -> None:
     from transformers import LlamaConfig
-    from langneuron_mi.core.artifacts import provenance, save_json
+    from langneuron_mi.core.fingerprints import provenance
+    from langneuron_mi.core.files import save_json
     from langneuron_mi.scale.plan import plan, size_of
     got = measure(tokens, rounds)
     got |= dict(ray_to_two_processes=round(got["two_ray_workers_tok_s"] / got["two_processes_tok_s"], 3), ray_to_one_process=round(got["two_ray_workers_tok_s"] / got["one_process_tok_s"], 3))

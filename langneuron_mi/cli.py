@@ -148,10 +148,10 @@ def perplexity(
     revision: str = "", # of a hub id
 ):
     "Ablate each language's neurons and measure the perplexity of every language's held-out text"
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     from langneuron_mi.measure.perplexity import Measured, perplexity_matrix
     from langneuron_mi.text.sources import load_corpus
     how = Measured(**measured)
@@ -232,13 +232,13 @@ def eval_(
     loaded, how = _loaded_tasks(tasks, how)
     how = _here(model, revision) | dict(tasks=loaded) | how | {"out": Path(out)/"answers"}
     if not neurons or lang: return _evaluate(change, f"{lang}-{edit}" if neurons else "none", Path(out), how)
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     from langneuron_mi.measure.task_matrix import evaluate_matrix
     recorded = _stats(stats) if stats else None
     return _write_matrix(evaluate_matrix(neurons=LanguageNeurons.load(neurons), edit=edit, stats=recorded, **how, **matrix), Path(out))
 
 # %% ../nbs/90_cli.ipynb #c305933f
-def _loaded_tasks(tasks: str, how: dict) -> tuple[list, dict]:
+def _loaded_tasks(tasks: str, how: dict) -> tuple[dict, dict]:
     "Tasks by name, and the options that are not about them."
     from langneuron_mi.measure.task_data import load_tasks
     names = [t.strip() for t in tasks.split(",") if t.strip()]
@@ -248,7 +248,7 @@ def _loaded_tasks(tasks: str, how: dict) -> tuple[list, dict]:
 # %% ../nbs/90_cli.ipynb #098054b6
 def _evaluate(change, name: str, out: Path, how: dict) -> str:
     "One intervention on the tasks: a file, a table and a line a task."
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     from langneuron_mi.measure.tasks import evaluate
     found = evaluate(intervention=change, **how)
     found.save(out/f"{name}.safetensors")
@@ -260,7 +260,7 @@ def _evaluate(change, name: str, out: Path, how: dict) -> str:
 
 def _write_matrix(found, out: Path) -> str:
     "Tables, figure and sentences of a task matrix."
-    from langneuron_mi.core.artifacts import atomic_write
+    from langneuron_mi.core.files import atomic_write
     from langneuron_mi.figures.look import save_figures
     found.save(out/"matrix.safetensors")
     for name, table in dict(matrix=found.to_df(), headline=found.headline()).items():
@@ -287,7 +287,7 @@ def report(
     folder: str, # of an experiment that has run
 ):
     "Write the report of an experiment again, from what it kept"
-    from langneuron_mi.core.artifacts import load_json
+    from langneuron_mi.core.files import load_json
     from langneuron_mi.studies.comparison import Experiment
     from langneuron_mi.studies.study import study_from
     facts = load_json(Path(folder)/"provenance.json")
@@ -302,7 +302,8 @@ def info(
 ):
     "What an artifact holds and where it comes from, or the versions at work"
     import json
-    from langneuron_mi.core.artifacts import provenance, read_header
+    from langneuron_mi.core.fingerprints import provenance
+    from langneuron_mi.core.artifacts import read_header
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 

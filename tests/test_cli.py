@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from langneuron_mi.cli import commands, main
-from langneuron_mi.find.neurons import LanguageNeurons
+from langneuron_mi.find.language_neurons import LanguageNeurons
 from langneuron_mi.testing.planted import planted_model
 
 
@@ -53,7 +53,7 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name):
     (["record", "./no_model", "bible", "en", "x", "--layout", "foo"], "allowed are 'packed' and 'texts'"),
     (["record", "./no_model", "bible", "en", "x", "--workers", "2"], "add --engine ray"),
     (["record", "./no_model", "bible", "en", "x", "--batchsize", "2"], "did you mean 'batch_size'"),
-    (["identify", "x", "x.safetensors", "--n", "5"], "identify has no 'n'; it has bar, best"),
+    (["identify", "x", "x.safetensors", "--n", "5"], "lape has no option n"),
     (["steer", "demo", "--factor", "x3"], "did you mean 'factors'"),
     (["eval", "m", "xcopa_it", "x", "--controls", "2"], "--controls is of a matrix"),
     (["record", "./no_model", "bible", "en", "x"], "no folder ./no_model; give a folder with config.json"),

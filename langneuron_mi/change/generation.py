@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.artifacts import provenance
+from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..text.identifier import _identifier

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..find.neurons import NeuronSet

@@ -24,7 +24,7 @@ import plotly.io as pio
 from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
-from ..core.artifacts import atomic_write
+from ..core.files import atomic_write
 from ..text.languages import UnknownLanguage, language
 
 # %% ../../nbs/figures/00_look.ipynb #0c33278f

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..core.settings import takes
 from ..text.corpus import Corpus, CorpusError, _codes
 from ..text.languages import language

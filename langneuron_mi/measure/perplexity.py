@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..core.artifacts import load_artifact, provenance, save_artifact
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..recording.recorder import one_language
@@ -29,7 +30,7 @@ from ..change.interventions import Intervention, ablate, check_model
 from ..models.hooked import ModelView
 from ..models.logits import read_tokens
 from ..models.view import view
-from ..find.neurons import LanguageNeurons
+from ..find.language_neurons import LanguageNeurons
 from ..core.statistics import bootstrap_ratio
 from ..text.windows import TokenWindows, pack
 from ..text.sketches import shares_text

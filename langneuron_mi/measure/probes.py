@@ -81,7 +81,7 @@ class Probes:
     @cached_property
     def fingerprint(self) -> str: # 16 hex digits
         "Name of exactly these facts and templates."
-        from langneuron_mi.core.artifacts import fingerprint  # imports torch, which nothing else here needs
+        from langneuron_mi.core.fingerprints import fingerprint  # imports torch, which nothing else here needs
         return fingerprint("probes", [[f.id, f.relation, f.labels] for f in self.facts], self.templates, self.langs)
 
     @property

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 
-from ..core.artifacts import provenance
+from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import takes
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..recording.stats import ActivationStats
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..change.interventions import Intervention, ablate
 from .perplexity import perplexity_matrix
 from .probes import Probes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..core.engine import Run, Session, Work, open_session
 from ..core.settings import takes
 from ..change.interventions import Intervention, check_model
@@ -39,7 +39,7 @@ def chosen(neurons: str, # file of language neurons
     "An intervention that is named in words, as on a command line."
     from langneuron_mi.recording.stats import ActivationStats
     from langneuron_mi.change.interventions import ablate
-    from langneuron_mi.find.neurons import LanguageNeurons
+    from langneuron_mi.find.language_neurons import LanguageNeurons
     from langneuron_mi.measure.factors import factor
     found = LanguageNeurons.load(neurons)
     if edit == "ablate": return ablate(found[lang])

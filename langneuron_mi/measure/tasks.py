@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Run, Session, open_session
 from ..core.settings import takes
 from ..core.statistics import Estimate, bootstrap_mean, bootstrap_share

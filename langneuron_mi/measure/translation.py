@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Run, Session, Work, open_session
 from ..core.settings import takes
 from ..text.languages import language

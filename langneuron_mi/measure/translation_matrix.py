@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.artifacts import load_artifact, provenance, save_artifact
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.fingerprints import provenance
 from ..core.engine import Run, open_session
 from ..core.settings import takes
 from ..text.corpus import _codes

@@ -35,6 +35,7 @@ class Seen:
         "Sums over the tokens of each text, as one matrix product."
         return self.texts.to(values.dtype) @ values
 
+# %% ../../nbs/recording/00_groups.ipynb #a87ecad9
 @dataclass(frozen=True)
 class Layer:
     "What a group may know of a layer before it starts."
@@ -79,7 +80,8 @@ def _moments(t: dict, s: Seen) -> None:
     t["sum"] += _total(s.a)
     t["sumsq"] += _total(s.a.square())
     blocks, rest = _blocks(s.a)
-    for x in ([blocks.amax(1)] if len(blocks) else []) + ([rest] if len(rest) else []): torch.maximum(t["max"], x.amax(0).double(), out=t["max"])
+    for x in (blocks.amax(1) if len(blocks) else blocks, rest):
+        if len(x): torch.maximum(t["max"], x.amax(0).double(), out=t["max"])
 
 groups["counts"] = Group(lambda l: dict(count_pos=_zeros(l, dtype=torch.int64)), _count, dict(count_pos=torch.add))
 groups["moments"] = Group(lambda l: dict(sum=_zeros(l), sumsq=_zeros(l), max=_zeros(l) - torch.inf), _moments,
@@ -114,7 +116,8 @@ def _histogram(t: dict, s: Seen) -> None:
 
 def quantiles(hist: Int[Tensor, "neuron bin"], # tokens in each bin
               levels=LEVELS, # shares of the tokens
-             ) -> tuple[Float[Tensor, "level neuron"], Int[Tensor, "level neuron"]]: # values, and tokens at or beyond the upper edge of the value's bin
+             ) -> tuple[Float[Tensor, "level neuron"], # values
+                        Int[Tensor, "level neuron"]]: # tokens at or beyond the upper edge of the value's bin
     "Quantiles of a histogram, and how many tokens lie above them."
     edges, cum = _edges(), hist.cumsum(1)
     n = cum[:, -1:].contiguous()
@@ -130,8 +133,10 @@ def _finish_histogram(t: dict, lengths) -> dict:
     pairs = [quantiles(h) for h in t["hist"]]  # layer by layer: nothing of the size of all histograms is made
     return dict(quantile=torch.stack([v for v, _ in pairs], 1), above=torch.stack([n for _, n in pairs], 1), abs=t["abs"])
 
-groups["quantiles"] = Group(lambda l: dict(hist=torch.zeros(l.d_mlp, N_BINS, dtype=torch.int32, device=l.device), abs=_zeros(l)), _histogram,
-                            dict(hist=torch.add, abs=torch.add), finish=_finish_histogram)
+def _no_histogram(layer: Layer) -> dict:
+    return dict(hist=torch.zeros(layer.d_mlp, N_BINS, dtype=torch.int32, device=layer.device), abs=_zeros(layer))
+
+groups["quantiles"] = Group(_no_histogram, _histogram, dict(hist=torch.add, abs=torch.add), finish=_finish_histogram)
 
 # %% ../../nbs/recording/00_groups.ipynb #f7322978
 def _per_text(name: str, values: Callable) -> tuple[Callable, Callable, Callable]:
@@ -157,8 +162,10 @@ def choose(names, # names of groups, or "all"
           ) -> tuple[str, ...]: # "counts" among them
     "Check a choice of groups."
     names = tuple(groups) if names == "all" else (names,) if isinstance(names, str) else tuple(names)
-    if unknown := [n for n in names if n not in groups]: raise ValueError(f"no group {unknown}; allowed are {', '.join(groups)}, or \"all\"")
-    if "counts" not in names or len(set(names)) != len(names): raise ValueError(f"groups must hold 'counts' and name each once, got {list(names)}")
+    if unknown := [n for n in names if n not in groups]:
+        raise ValueError(f"no group {unknown}; allowed are {', '.join(groups)}, or \"all\"")
+    if "counts" not in names or len(set(names)) != len(names):
+        raise ValueError(f"groups must hold 'counts' and name each once, got {list(names)}")
     return names
 
 def group_of(name: str # of a tensor
@@ -166,6 +173,7 @@ def group_of(name: str # of a tensor
     "The group that keeps a tensor."
     return next(g for g in groups.values() if name in g.merge)
 
+# %% ../../nbs/recording/00_groups.ipynb #75fc32ca
 def merge(total: dict[str, Tensor] | None, # sums so far, [layer, ...]; None = nothing yet
           part: dict[str, Tensor], # of the next shard
           span: slice | None = None, # which texts of the language the shard's are

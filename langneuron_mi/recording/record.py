@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.artifacts import fingerprint, save_json
+from ..core.fingerprints import fingerprint
+from ..core.files import save_json
 from ..core.engine import Checkpoint, Run, Session, Work, check_config, fold, open_session
 from ..core.settings import takes
 from ..models.hooked import ModelView
@@ -136,9 +137,11 @@ def _check_texts(recorder: Recorder, windows: TokenWindows) -> None:
     for lang in windows.langs:
         n = recorder.kept_texts(windows, lang)
         if n == 0:
-            raise RecordingError(f"{lang!r} has no whole text within {windows.n_tokens(lang):,} tokens, and {keepers} keep something per text; "
-                                 "raise tokens=, or give shorter texts")
-        if n < recorder.texts: warnings.warn(f"{lang} has {n} whole texts, fewer than texts={recorder.texts}: its text statistics are of these {n}", stacklevel=5)
+            raise RecordingError(f"{lang!r} has no whole text within {windows.n_tokens(lang):,} tokens, and {keepers} keep something "
+                                 "per text; raise tokens=, or give shorter texts")
+        if n < recorder.texts:
+            warnings.warn(f"{lang} has {n} whole texts, fewer than texts={recorder.texts}: its text statistics are of these {n}",
+                          stacklevel=5)
 
 def _kept_batch_size(config: dict, folder: Path | None) -> int | None:
     "The batch size with which a recording in `folder`, otherwise the same, was begun."
@@ -151,9 +154,11 @@ def _configured(session: Session, recording: Recording, corpus: Corpus, windows:
     "The recorder, and everything that decides the result."
     v, auto = session.view, recording.batch_size == "auto"
     recorder = Recorder(v, recording.groups, recording.site, 8 if auto else recording.batch_size, recording.texts)
-    config = v.describe() | dict(langs=list(windows.langs), windows=windows.fingerprint, corpus=corpus.fingerprint, length=windows.length,
-                                 seed=recording.seed, bos=windows.bos_token_id, site=recording.site, groups=list(recorder.names), texts=recorder.texts,
-                                 layout=recording.layout, batch_size=recorder.batch_size, shard_size=recording.shard_size)
+    read = dict(langs=list(windows.langs), windows=windows.fingerprint, corpus=corpus.fingerprint, length=windows.length,
+                seed=recording.seed, bos=windows.bos_token_id)
+    kept = dict(site=recording.site, groups=list(recorder.names), texts=recorder.texts, layout=recording.layout,
+                batch_size=recorder.batch_size, shard_size=recording.shard_size)
+    config = v.describe() | read | kept
     if auto:
         recorder.batch_size = _kept_batch_size(config, session.folder) or recorder.measured_batch_size(windows, recording.shard_size)
         config["batch_size"] = recorder.batch_size
@@ -172,7 +177,8 @@ def record(model, # a hooked model, from load_model; with a cluster also a name,
         v, r = session.view, recording
         v.untouched("recording")
         corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
-        windows = pack(corpus, v.tokenizer, langs=langs, tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed, bos_token_id=v.bos_token_id, layout=r.layout)
+        windows = pack(corpus, v.tokenizer, langs=langs, tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed,
+                       bos_token_id=v.bos_token_id, layout=r.layout)
         recorder, config = _configured(session, r, corpus, windows)
         folder = _Folder(session.folder, config, session.saved)
         folder.begin()
@@ -181,14 +187,16 @@ def record(model, # a hooked model, from load_model; with a cluster also a name,
         return _record_all(session, recorder, windows, r, folder, corpus, run)
 
 # %% ../../nbs/recording/03_record.ipynb #9f8fe2a8
-def _record_all(session: Session, recorder: Recorder, windows: TokenWindows, recording: Recording, folder: _Folder, corpus: Corpus, run: Run) -> ActivationStats:
+def _record_all(session: Session, recorder: Recorder, windows: TokenWindows, recording: Recording, folder: _Folder, corpus: Corpus,
+                run: Run) -> ActivationStats:
     "Every language in turn, then the finished artifact; text statistics are written, and let go, language by language."
     todo = shards(windows, recording.shard_size)
     by_lang = {lang: [s for s in todo if s.lang == lang] for lang in windows.langs}
     there = {lang: folder.part(lang).peek() for lang in windows.langs}
     left = [s for lang in windows.langs for s in by_lang[lang][there[lang].get("done", 0):]]
     results = session.map(_work(recorder, windows, left, sum(facts.get("n_tokens", 0) for facts in there.values())))
-    found, n, texts, sums = {}, {}, {}, {}
+    found, n = {}, {}
+    texts, sums = {}, {}
     try:
         for lang in windows.langs:
             found[lang], n[lang] = _language(recorder, windows, by_lang[lang], folder.part(lang), results, recording.checkpoint_every)
@@ -220,5 +228,7 @@ def _stopped(session: Session, folder: _Folder, windows: TokenWindows, recording
     "What somebody who stops a recording should know."
     first = f"recording stopped at {session.done} of {session.total} tokens"
     if folder.path is None: return f"{first}: give out= to make a recording resumable"
-    if any(folder.part(lang).path.exists() for lang in windows.langs): return f"{first}: what is done is kept in {run.out}; run the same call again to go on"
-    return f"{first}: no shard of {recording.shard_size} windows was finished, so the same call begins anew; a smaller shard_size= keeps more"
+    if any(folder.part(lang).path.exists() for lang in windows.langs):
+        return f"{first}: what is done is kept in {run.out}; run the same call again to go on"
+    return (f"{first}: no shard of {recording.shard_size} windows was finished, so the same call begins anew; "
+            "a smaller shard_size= keeps more")

@@ -50,6 +50,10 @@ def one_language(windows: TokenWindows, lang: str) -> TokenWindows:
     return replace(windows, **only, whole={lang: windows.whole[lang]})
 
 # %% ../../nbs/recording/02_recorder.ipynb #5257dac4
+def _sent(x: Tensor | None, device: torch.device) -> Tensor | None:
+    "On its way to the device."
+    return None if x is None else x.to(device, non_blocking=True)
+
 @dataclass
 class _Batch:
     "One forward pass: what to feed, and what the hooks must know of it."
@@ -64,16 +68,18 @@ class _Batch:
     def to(self, device: torch.device) -> "_Batch":
         "On the device; to a GPU from pinned memory, so that nobody waits for the copy."
         if device.type == "cuda":
-            self.ids, self.mask, self.rows, self.texts = (None if x is None else x.pin_memory() for x in (self.ids, self.mask, self.rows, self.texts))
-            self.ids, self.mask = (None if x is None else x.to(device, non_blocking=True) for x in (self.ids, self.mask))
+            for name in ("ids", "mask", "rows", "texts"):
+                if (x := getattr(self, name)) is not None: setattr(self, name, x.pin_memory())
+            self.ids, self.mask = _sent(self.ids, device), _sent(self.mask, device)
         self.on(device)
         return self
 
     def on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         "`rows` and `texts` on a layer's device, copied there once."
-        if device not in self._at: self._at[device] = tuple(None if x is None else x.to(device, non_blocking=True) for x in (self.rows, self.texts))
+        if device not in self._at: self._at[device] = _sent(self.rows, device), _sent(self.texts, device)
         return self._at[device]
 
+# %% ../../nbs/recording/02_recorder.ipynb #0529b884
 def _ahead(batches: Iterator[_Batch], device: torch.device) -> Iterator[_Batch]:
     "Each batch, with the next one already made and on its way."
     ready = None
@@ -131,7 +137,8 @@ class _Pass:
 
     def tokens(self, x: Tensor, layer: int, kind: str) -> Tensor: # [token, neuron]
         "The rows of a hooked tensor that are tokens of the text."
-        if x.shape[-1] != self.v.d_mlp: raise RecordingError(f"hook {self.v.hook_name(layer, kind)} has width {x.shape[-1]}, but d_mlp is {self.v.d_mlp}")
+        if x.shape[-1] != self.v.d_mlp:
+            raise RecordingError(f"hook {self.v.hook_name(layer, kind)} has width {x.shape[-1]}, but d_mlp is {self.v.d_mlp}")
         rows, _ = self.batch.on(x.device)
         return x.detach()[:, self.skip:].reshape(-1, x.shape[-1]) if rows is None else x.detach().reshape(-1, x.shape[-1])[rows]
 
@@ -156,7 +163,8 @@ def hooks(self: _Pass) -> list: # (layer, kind, function)
     out = []
     for l, kind in self.fired:
         act = self.v.act_fn(l) if kind == "pre" else None
-        if kind == "pre" and len(self.r.by_kind[kind]) > 1 and self.v.act_module(l) is not None: out += _own_module(self, l)  # counts alone need no value
+        needs_value = kind == "pre" and len(self.r.by_kind[kind]) > 1  # counts alone need none
+        if needs_value and self.v.act_module(l) is not None: out += _own_module(self, l)
         else: out.append((l, kind, lambda x, l=l, kind=kind, act=act: self.update(l, kind, self.tokens(x, l, kind), act)))
     return out
 
@@ -172,7 +180,9 @@ def _batches(self: Recorder, windows: TokenWindows, shard: Shard, texts: slice) 
             kept, span = self._text_rows(windows, shard.lang, a, b, texts)
             real = ids >= 0
             if bool(real.all()): yield _Batch(ids, b - a, texts=kept, span=span)
-            else: yield _Batch(ids.clamp_min(0), b - a, real.long(), (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0], kept, span)
+            else:
+                rows = (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0]
+                yield _Batch(ids.clamp_min(0), b - a, real.long(), rows, kept, span)
 
 def _text_at(windows: TokenWindows, lang: str, positions: np.ndarray) -> np.ndarray:
     "Which text each position of the stream belongs to."
@@ -192,18 +202,21 @@ def _text_rows(self: Recorder, windows: TokenWindows, lang: str, a: int, b: int,
     text = _text_at(windows, lang, np.arange(a, b)) if span.stop > span.start else np.array([span.stop])
     if text[0] >= span.stop: return None, slice(0)
     rows = np.arange(text[0], min(text[-1] + 1, span.stop))
-    return torch.from_numpy((text[None] == rows[:, None]).astype(np.float32)), slice(int(rows[0]) - span.start, int(rows[-1]) + 1 - span.start)
+    here = slice(int(rows[0]) - span.start, int(rows[-1]) + 1 - span.start)
+    return torch.from_numpy((text[None] == rows[:, None]).astype(np.float32)), here
 
 # %% ../../nbs/recording/02_recorder.ipynb #759d5104
 @patch
 def _verify(self: Recorder, work: _Pass, n: int, shard: Shard) -> None:
     "Every hook fired on every token, and every activation was finite."
     for (l, kind), got in work.fired.items():
-        if got != n: raise RecordingError(f"hook {self.view.hook_name(l, kind)} saw {got} of {n} tokens (shard {shard.number}, {shard.lang}): counts would be wrong")
+        if got != n:
+            raise RecordingError(f"hook {self.view.hook_name(l, kind)} saw {got} of {n} tokens (shard {shard.number}, {shard.lang}): "
+                                 "counts would be wrong")
     for kind in self.by_kind:
         for l in _gathered([s[f"_sum_{kind}"] for s in work.states]).isfinite().logical_not().nonzero()[:1, 0].tolist():
-            raise RecordingError(f"activations of layer {l} ({self.view.hook_name(l, kind)}) are NaN or infinite in shard {shard.number} ({shard.lang}); "
-                                 "load the model in float32 or bfloat16, or look at its weights")
+            raise RecordingError(f"activations of layer {l} ({self.view.hook_name(l, kind)}) are NaN or infinite in shard {shard.number} "
+                                 f"({shard.lang}); load the model in float32 or bfloat16, or look at its weights")
 
 # %% ../../nbs/recording/02_recorder.ipynb #56fee5b9
 @patch

@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..core.artifacts import ArtifactError, fingerprint, load_artifact, provenance, read_header, save_artifact, save_json
+from ..core.files import ArtifactError, save_json
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, read_header, save_artifact
 from .groups import LEVELS, group_of
 from ..text.languages import language
 
@@ -31,6 +33,7 @@ def check_site(site: str # "gate" or "post"
     if site not in SITES: raise ValueError(f"no site {site!r}; allowed are {' and '.join(map(repr, SITES))}")
     return site
 
+# %% ../../nbs/recording/01_stats.ipynb #a1965d2a
 @dataclass(frozen=True, eq=False, repr=False)
 class ActivationStats:
     "Activation counts (and more, when recorded) of every neuron in every language."
@@ -41,16 +44,19 @@ class ActivationStats:
     moments: dict[str, Tensor] | None = None # "sum", "sumsq", "max" of the activation, float64 [lang, layer, neuron]
     seen: dict[str, np.ndarray] = field(default_factory=dict) # sketch of the texts used, so that held-out text can be checked
     meta: dict = field(default_factory=dict) # model, tokenizer, corpus, windows, seed ...: see `provenance`
-    quantiles: dict[str, Tensor] | None = None # "quantile" float32 and "above" int64 [lang, level, layer, neuron]; "abs" float64 [lang, layer, neuron], sum of |a|
+    # "quantile" float32 and "above" int64 [lang, level, layer, neuron]; "abs" float64 [lang, layer, neuron], sum of |a|
+    quantiles: dict[str, Tensor] | None = None
     text_means: dict[str, Float[Tensor, "layer text neuron"]] | None = None # by language: mean activation over each text
     impact: dict[str, Float[Tensor, "layer text neuron"]] | None = None # by language: mean of |post|·‖W_out‖ over each text
     extra: dict[str, Tensor] | None = None # tensors [lang, layer, ...] of groups of your own
 
     def __post_init__(self):
         check_site(self.site)
-        if self.count_pos.dtype != torch.int64: raise TypeError(f"count_pos must be int64, not {self.count_pos.dtype}: counts are exact here")
+        if self.count_pos.dtype != torch.int64:
+            raise TypeError(f"count_pos must be int64, not {self.count_pos.dtype}: counts are exact here")
         if tuple(self.n_tokens) != tuple(self.langs) or len(self.langs) != len(self.count_pos):
-            raise ValueError(f"{len(self.langs)} languages, n_tokens of {list(self.n_tokens)} and counts of {len(self.count_pos)} languages do not match")
+            raise ValueError(f"{len(self.langs)} languages, n_tokens of {list(self.n_tokens)} and counts of {len(self.count_pos)} "
+                             "languages do not match")
     @property
     def n_layers(self) -> int: return self.count_pos.shape[1]
     @property
@@ -62,7 +68,8 @@ class ActivationStats:
     @property
     def provenance(self) -> dict: return self.meta
     def __repr__(self) -> str:
-        return f"ActivationStats({', '.join(f'{l} {n:,}' for l, n in self.n_tokens.items())} tokens; {self.n_layers} layers × {self.d_mlp:,}, site={self.site!r})"
+        tokens = ", ".join(f"{l} {n:,}" for l, n in self.n_tokens.items())
+        return f"ActivationStats({tokens} tokens; {self.n_layers} layers × {self.d_mlp:,}, site={self.site!r})"
 
 # %% ../../nbs/recording/01_stats.ipynb #72012cc5
 @patch(cls_method=True)
@@ -76,11 +83,13 @@ def from_counts(cls: ActivationStats,
     "Statistics from given counts."
     n = dict(zip(langs, n_tokens, strict=True)) if not isinstance(n_tokens, dict) else {l: n_tokens[l] for l in langs}
     given = torch.as_tensor(count_pos)
-    if given.is_floating_point() and bool((given != given.round()).any()): raise ValueError("these are rates, not counts: give whole numbers of tokens")
+    if given.is_floating_point() and bool((given != given.round()).any()):
+        raise ValueError("these are rates, not counts: give whole numbers of tokens")
     counts = given.to(torch.int64)
     for k, lang in enumerate(langs):
         if counts[k].max() > n[lang] or counts[k].min() < 0:
-            raise ValueError(f"{lang}: counts must lie between 0 and the {n[lang]} tokens counted, but reach from {counts[k].min()} to {counts[k].max()}")
+            raise ValueError(f"{lang}: counts must lie between 0 and the {n[lang]} tokens counted, but reach from {counts[k].min()} "
+                             f"to {counts[k].max()}")
     return cls(tuple(langs), {l: int(n[l]) for l in langs}, counts, site, meta=meta)
 
 # %% ../../nbs/recording/01_stats.ipynb #f34edbcc
@@ -90,7 +99,9 @@ def _read_counts(path, lang: str) -> tuple[Tensor, int]:
     if not Path(path).is_file(): raise ArtifactError(f"no file {path} for {lang}")
     try:
         with warnings.catch_warnings(action="ignore"): d = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e: raise ArtifactError(f"{what}; it holds something other than tensors, or is damaged, and is not opened, since a pickle can run code ({type(e).__name__})") from None
+    except Exception as e:
+        raise ArtifactError(f"{what}; it holds something other than tensors, or is damaged, and is not opened, since a pickle can run code "
+                            f"({type(e).__name__})") from None
     n = next((d[k] for k in ("n", "total_tokens") if k in d), None) if isinstance(d, dict) else None
     counts = d.get("over_zero") if isinstance(d, dict) else None
     if n is None or not isinstance(counts, Tensor) or counts.ndim != 2 or counts.is_floating_point(): raise ArtifactError(what)
@@ -120,7 +131,8 @@ def from_text_means(cls: ActivationStats,
     shapes = {(t.shape[0], t.shape[2]) for t in text_means.values()}
     if len(shapes) != 1: raise ValueError(f"text means are [layer, text, neuron] of one model; got the (layers, neurons) {sorted(shapes)}")
     langs = tuple(text_means)
-    return cls(langs, {l: 0 for l in langs}, torch.zeros(len(langs), *shapes.pop(), dtype=torch.int64), site, meta=meta, text_means=dict(text_means))
+    none = torch.zeros(len(langs), *shapes.pop(), dtype=torch.int64)
+    return cls(langs, {l: 0 for l in langs}, none, site, meta=meta, text_means=dict(text_means))
 
 # %% ../../nbs/recording/01_stats.ipynb #d2b2caab
 def _of_moments(kind: str) -> Callable:
@@ -128,17 +140,23 @@ def _of_moments(kind: str) -> Callable:
             "std": lambda m, k, n: (m["sumsq"][k]/n - (m["sum"][k]/n)**2).clamp_min(0).sqrt()}[kind]
     return lambda s, k, n: calc(s._need("moments", kind), k, n)
 
-def _of_quantiles(level: int) -> Callable: return lambda s, k, n: s._need("quantiles", f"p{round(100*LEVELS[level])}")["quantile"][k, level].double()
+def _of_quantiles(level: int) -> Callable:
+    return lambda s, k, n: s._need("quantiles", f"p{round(100*LEVELS[level])}")["quantile"][k, level].double()
 
-def _of_texts(name: str, reduce: Callable) -> Callable: return lambda s, k, n: reduce(s._need("text_means", name)[s.langs[k]].double())
+def _of_texts(name: str, reduce: Callable) -> Callable:
+    return lambda s, k, n: reduce(s._need("text_means", name)[s.langs[k]].double())
 
-_value_kinds = {k: _of_moments(k) for k in ("mean", "std", "max")} | {"rate": lambda s, k, n: s.count_pos[k].double()/n}
+def _rate(s, k, n): return s.count_pos[k].double()/n
+def _mean_abs(s, k, n): return s._need("quantiles", "mean_abs")["abs"][k]/n
+
+_value_kinds = {k: _of_moments(k) for k in ("mean", "std", "max")} | {"rate": _rate}
 _value_kinds |= {f"p{round(100*q)}": _of_quantiles(i) for i, q in enumerate(LEVELS)}
-_value_kinds |= {"median": _value_kinds["p50"], "mean_abs": lambda s, k, n: s._need("quantiles", "mean_abs")["abs"][k]/n}
+_value_kinds |= {"median": _value_kinds["p50"], "mean_abs": _mean_abs}
 _value_kinds |= {"p_max": _of_texts("p_max", lambda t: t.amax(1)), "p_median": _of_texts("p_median", lambda t: t.quantile(.5, 1)),
                  "p_mean": _of_texts("p_mean", lambda t: t.mean(1))}
 _unsettable = ("rate", "std", "mean_abs")
 
+# %% ../../nbs/recording/01_stats.ipynb #232ad3cf
 @dataclass(frozen=True, eq=False)
 class SiteValue:
     "Per-neuron activation values with the site, model and statistic they come from."
@@ -152,7 +170,8 @@ class SiteValue:
         "Difference of two values of one model and site."
         for what, a, b in (("site", self.site, other.site), ("model", self.model, other.model)):
             if a != b: raise ValueError(f"{self.name} and {other.name} cannot be subtracted: {what} differs ({a} and {b})")
-        return replace(self, values=self.values - other.values, name=f"{self.name} − {other.name}", settable=self.settable and other.settable)
+        return replace(self, values=self.values - other.values, name=f"{self.name} − {other.name}",
+                       settable=self.settable and other.settable)
 
 # %% ../../nbs/recording/01_stats.ipynb #f71f0522
 @patch
@@ -160,7 +179,8 @@ def _need(self: ActivationStats, group: str, what: str):
     "A group's tensors, or how to get them."
     got = getattr(self, group)
     if got is None:
-        have = ", ".join(["'counts'", *[f"'{g}'" for g in ("moments", "quantiles", "text_means", "impact") if getattr(self, g) is not None]])
+        there = ["counts", *(g for g in ("moments", "quantiles", "text_means", "impact") if getattr(self, g) is not None)]
+        have = ", ".join(f"'{g}'" for g in there)
         raise ValueError(f"{what} needs the group '{group}', and these statistics hold {have}{' only' if have.count(',') == 0 else ''}; "
                          f"record again with groups=('counts', '{group}'), or groups=\"all\"")
     return got
@@ -168,7 +188,9 @@ def _need(self: ActivationStats, group: str, what: str):
 @patch
 def value(self: ActivationStats,
           lang: str, # a recorded language
-          kind: str = "mean", # over tokens: "mean", "max", "median", "p1" ... "p99", "std", "rate", "mean_abs"; over text means: "p_max", "p_median", "p_mean", or a percentile as "p_90"
+          # over tokens: "mean", "max", "median", "p1" ... "p99", "std", "rate", "mean_abs";
+          # over text means: "p_max", "p_median", "p_mean", or a percentile as "p_90"
+          kind: str = "mean",
          ) -> SiteValue:
     "A per-neuron statistic of one language's activations."
     if lang not in self.langs: raise KeyError(f"no language {lang!r} in these statistics; recorded are {', '.join(self.langs)}")
@@ -213,13 +235,15 @@ def __add__(self: ActivationStats, other: ActivationStats) -> ActivationStats:
         if a != b: raise ValueError(f"these recordings cannot be added: {what} differs ({a} and {b})")
     langs = tuple(dict.fromkeys(self.langs + other.langs))
     def merged(name):
-        have = lambda lang: [s._tensors()[name][s.langs.index(lang)] for s in (self, other) if lang in s.langs]
+        def have(lang): return [s._tensors()[name][s.langs.index(lang)] for s in (self, other) if lang in s.langs]
         return torch.stack([h[0] if len(h := have(lang)) == 1 else _join(name, *h) for lang in langs])
     t = {name: merged(name) for name in self._tensors()}
     texts = {g: {l: torch.cat([s._texts()[g][l] for s in (self, other) if l in s._texts()[g]], 1) for l in langs} for g in self._texts()}
     n = {l: self.n_tokens.get(l, 0) + other.n_tokens.get(l, 0) for l in langs}
-    seen = {l: np.union1d(self.seen.get(l, np.array([], np.uint64)), other.seen.get(l, np.array([], np.uint64))) for l in langs}
-    return ActivationStats(langs, n, t["count_pos"], self.site, seen=seen, meta=_merged_meta(self.meta, other.meta), **_sorted_out(t), **texts)
+    none = np.array([], np.uint64)
+    seen = {l: np.union1d(self.seen.get(l, none), other.seen.get(l, none)) for l in langs}
+    meta = _merged_meta(self.meta, other.meta)
+    return ActivationStats(langs, n, t["count_pos"], self.site, seen=seen, meta=meta, **_sorted_out(t), **texts)
 
 def _merged_meta(a: dict, b: dict) -> dict:
     "What both agree on, and the list of recordings that went in."
@@ -233,12 +257,13 @@ def select(self: ActivationStats,
           ) -> ActivationStats:
     "The statistics of some of the languages."
     langs = tuple(langs)
-    if missing := [l for l in langs if l not in self.langs]: raise KeyError(f"no language {missing[0]!r} in these statistics; recorded are {', '.join(self.langs)}")
+    if missing := [l for l in langs if l not in self.langs]:
+        raise KeyError(f"no language {missing[0]!r} in these statistics; recorded are {', '.join(self.langs)}")
     at = [self.langs.index(l) for l in langs]
     t = {k: x[at] for k, x in self._tensors().items()}
     texts = {g: {l: x[l] for l in langs} for g, x in self._texts().items()}
-    return ActivationStats(langs, {l: self.n_tokens[l] for l in langs}, t["count_pos"], self.site, seen={l: self.seen[l] for l in langs if l in self.seen},
-                           meta=self.meta, **_sorted_out(t), **texts)
+    n, seen = {l: self.n_tokens[l] for l in langs}, {l: self.seen[l] for l in langs if l in self.seen}
+    return ActivationStats(langs, n, t["count_pos"], self.site, seen=seen, meta=self.meta, **_sorted_out(t), **texts)
 
 # %% ../../nbs/recording/01_stats.ipynb #5c663716
 def text_file(path, lang: str) -> Path:
@@ -257,8 +282,11 @@ def save_texts(path, # of the statistics
 def load_texts(path, lang: str, sha256: str | None = None) -> dict[str, Tensor]:
     "Text means of one language, mapped from their file."
     where = text_file(path, lang)
-    if not where.is_file(): raise ArtifactError(f"{where} is missing: it holds the text means that {Path(path).name} speaks of; put it beside that file, or record again")
-    if sha256 is not None and read_header(where)["sha256"] != sha256: raise ArtifactError(f"{where} belongs to another recording than {Path(path).name}; record again")
+    if not where.is_file():
+        raise ArtifactError(f"{where} is missing: it holds the text means that {Path(path).name} speaks of; put it beside that file, "
+                            "or record again")
+    if sha256 is not None and read_header(where)["sha256"] != sha256:
+        raise ArtifactError(f"{where} belongs to another recording than {Path(path).name}; record again")
     return load_artifact(where, "text_statistics")[0]
 
 # %% ../../nbs/recording/01_stats.ipynb #163f41c5
@@ -270,8 +298,9 @@ def save(self: ActivationStats, path, # file, ends in .safetensors
     t = self._tensors() | {f"seen.{l}": torch.from_numpy(s.view(np.int64)) for l, s in self.seen.items()}
     groups = self._texts()
     if text_sums is None: text_sums = {l: save_texts(path, l, {g: groups[g][l] for g in groups}) for l in self.langs} if groups else {}
-    path = save_artifact(path, "activation_stats", t, dict(langs=list(self.langs), n_tokens=self.n_tokens, site=self.site, meta=self.meta, texts=text_sums))
-    save_json(path.with_suffix(".json"), provenance(**self.meta | dict(kind="activation_stats", langs=list(self.langs), n_tokens=self.n_tokens, site=self.site)))
+    facts = dict(langs=list(self.langs), n_tokens=self.n_tokens, site=self.site)
+    path = save_artifact(path, "activation_stats", t, facts | dict(meta=self.meta, texts=text_sums))
+    save_json(path.with_suffix(".json"), provenance(**self.meta | dict(kind="activation_stats") | facts))
     return path
 
 @patch(cls_method=True)
@@ -283,7 +312,8 @@ def load(cls: ActivationStats, path # what `save` wrote
     files = {l: load_texts(path, l, sha) for l, sha in m.get("texts", {}).items()}
     names = next(iter(files.values()), {})
     texts = {g: {l: files[l][g] for l in m["langs"]} for g in names}
-    return cls(tuple(m["langs"]), {l: m["n_tokens"][l] for l in m["langs"]}, t["count_pos"], m["site"], seen=seen, meta=m["meta"], **_sorted_out(t), **texts)
+    n = {l: m["n_tokens"][l] for l in m["langs"]}
+    return cls(tuple(m["langs"]), n, t["count_pos"], m["site"], seen=seen, meta=m["meta"], **_sorted_out(t), **texts)
 
 # %% ../../nbs/recording/01_stats.ipynb #caffc736
 @patch
@@ -300,5 +330,6 @@ def _repr_markdown_(self: ActivationStats) -> str:
     "Languages, tokens, and the share of neurons that ever fire."
     rows = "\n".join(f"| {language(l).name} ({l}) | {self.n_tokens[l]:,} | {(self.count_pos[k] > 0).double().mean():.1%} | "
                      f"{self.count_pos[k].double().mean()/max(self.n_tokens[l], 1):.1%} |" for k, l in enumerate(self.langs))
-    return (f"**ActivationStats** of {self.meta.get('model_id', 'unknown model')}: {self.n_layers} layers × {self.d_mlp:,} neurons, site `{self.site}`\n\n"
+    of = self.meta.get("model_id", "unknown model")
+    return (f"**ActivationStats** of {of}: {self.n_layers} layers × {self.d_mlp:,} neurons, site `{self.site}`\n\n"
             f"| language | tokens | neurons that ever fire | mean firing rate |\n|---|---|---|---|\n{rows}")

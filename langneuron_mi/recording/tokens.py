@@ -33,7 +33,8 @@ class TokenActivations:
         return f"TokenActivations({len(self.prompts)} prompts, {n} tokens, {len(self.neurons)} neurons, site={self.site!r})"
     def of(self, layer: int, neuron: int, prompt: int = 0) -> Float[Tensor, "pos"]:
         "One neuron over the tokens of a prompt."
-        if (layer, neuron) not in self.neurons: raise KeyError(f"neuron {neuron} of layer {layer} was not kept; name it in cache_activations(neurons=...)")
+        if (layer, neuron) not in self.neurons:
+            raise KeyError(f"neuron {neuron} of layer {layer} was not kept; name it in cache_activations(neurons=...)")
         return self.values[prompt][:, self.neurons.index((layer, neuron))]
 
 # %% ../../nbs/recording/04_tokens.ipynb #61529a84

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import _version
+from ..core.fingerprints import _version
 from ..models.hooked import ModelError, ModelView
 from ..models.view import view
 from .recipes import Recipe, ScalingError, _ray

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from jaxtyping import Float64, Int32, Int64
 from torch import Tensor
 
-from ..core.artifacts import fingerprint, load_artifact, provenance, save_artifact
+from ..core.fingerprints import fingerprint, provenance
+from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..text.languages import language

@@ -23,7 +23,8 @@ from ..figures.look import FAINT, INK, Html, lang_name, token_heat
 from ..change.interventions import ablate
 from ..models.hooked import ModelView
 from ..models.view import view
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..measure.probes import ParallelFacts
 from ..recording.tokens import cache_activations
 from ..share.categories import CATEGORIES

@@ -15,10 +15,10 @@ from markupsafe import Markup
 
 from ..change.generation import Generations, generate_texts
 from ..change.interventions import POSITIONS
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.settings import unknown
 from ..figures.look import neurons_per_layer
-from ..find.neurons import LanguageNeurons
+from ..find.language_neurons import LanguageNeurons
 from ..measure.probes import Probes
 from ..measure.probe_sources import load_probes
 from ..measure.steering_result import Steering

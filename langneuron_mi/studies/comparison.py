@@ -17,10 +17,12 @@ from fastcore.basics import patch
 
 from ..change.generation import identify
 from ..change.interventions import Intervention, ablate, amplify
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Keep, Run, Work, kept, open_session
-from ..find.identification import lape, random_neurons
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.identification import lape
+from ..find.controls import random_neurons
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..measure.perplexity import PerplexityMatrix, perplexity_matrix
 from ..measure.probes import ParallelFacts, Probes
 from ..measure.probe_sources import load_probes

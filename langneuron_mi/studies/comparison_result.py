@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ..core.statistics import bootstrap_mean
 from ..figures.look import dot_interval, neurons_per_layer, overlap_heatmap, ratio_matrices
 from ..figures.sharing_figures import selectivity
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..measure.perplexity import PerplexityMatrix
 from ..measure.steering_result import Steering
 from ..recording.stats import ActivationStats

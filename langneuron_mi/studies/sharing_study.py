@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint, provenance
+from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Keep, kept
 from ..figures.sharing_figures import category_contribution_figure
 from ..models.hooked import ModelView

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..core.engine import Keep
 from ..core.settings import annotations, from_mapping, unknown
-from ..find.identification import (activation_probability, average_precision, lambda_score, language_activated, lape, plnd)
+from ..find.rivals import activation_probability, average_precision, language_activated, plnd
+from ..find.identification import lambda_score, lape
 from ..text.languages import language
 
 # %% ../../nbs/studies/00_study.ipynb #c66128e6

@@ -9,7 +9,7 @@ __all__ = ['TransferStudy', 'read_transfer']
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from ..core.artifacts import provenance
+from ..core.fingerprints import provenance
 from .study import fields_and_models, parameters, study_from, variant
 from .transfer_bench import Bench
 from .transfer_plan import TASKS, TransferPlan

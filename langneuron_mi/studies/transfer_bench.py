@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..core.engine import Keep, kept
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..measure.perplexity import perplexity_matrix, window_nll
 from ..models.hooked import ModelView
 from ..models.loading import load_model

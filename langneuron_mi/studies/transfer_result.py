@@ -20,7 +20,7 @@ from scipy import stats as scipy_stats
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.statistics import Estimate, bootstrap_mean, bootstrap_ratio
 from ..figures.look import dot_interval, lang_name
-from ..find.neurons import LanguageNeurons
+from ..find.language_neurons import LanguageNeurons
 from ..share.categories import CATEGORIES
 from ..show.page import html_table, study_page, write_study
 from .transfer_plan import condition_name

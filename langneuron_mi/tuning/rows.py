@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..core.artifacts import fingerprint
+from ..core.fingerprints import fingerprint
 from ..text.sources import load_corpus
 from ..text.windows import TokenWindows, pack
 from .neuron_lora import TuningError

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..change.interventions import Intervention, set_to
-from ..core.artifacts import load_artifact, provenance, save_artifact
+from ..core.artifacts import load_artifact, save_artifact
+from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
 from ..core.statistics import paired_difference

@@ -17,8 +17,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.artifacts import load_json, save_json
-from ..find.neurons import LanguageNeurons, NeuronSet
+from ..core.files import load_json, save_json
+from ..find.language_neurons import LanguageNeurons
+from ..find.neurons import NeuronSet
 from ..models.loading import load_model
 from ..models.view import view
 from .neuron_lora import ParameterCount, TuneConfig, TuningError, _chosen, _peft, _picked, wiring

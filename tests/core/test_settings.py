@@ -38,11 +38,13 @@ def test_fields_and_whole_settings_are_the_same_call():
 
 def test_signature_and_comments_show_every_field():
     assert list(inspect.signature(read).parameters) == ["text", "n", "length", "langs", "out", "reading", "run"]
-    assert {k: v for k, v in docments(read, returns=False).items() if v} == dict(text="what to read", n="times", length="positions of a window", langs="a part of the languages", out="folder")
+    said = {k: v for k, v in docments(read, returns=False).items() if v}
+    assert said == dict(text="what to read", n="times", length="positions of a window", langs="a part of the languages", out="folder")
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: read("a", lenght=3), "did you mean 'length'"), (lambda: read(), "read needs text"), (lambda: read("a", reading=Run()), "reading= is a Reading, got a Run"),
+    (lambda: read("a", lenght=3), "did you mean 'length'"), (lambda: read(), "read needs text"),
+    (lambda: read("a", reading=Run()), "reading= is a Reading, got a Run"),
     (lambda: read("a", zzz=1), "read has no 'zzz'; it has langs, length, n, out")])
 def test_wrong_names_say_what_there_is(call, words):
     with pytest.raises(TypeError, match=words): call()
@@ -65,7 +67,8 @@ def test_words_of_a_shell_are_the_values_again(x): assert parse(str(x), int | No
 def test_lists_of_words(langs): assert parse(",".join(langs), annotations(Reading)["langs"]) == (tuple(langs) if langs != ["all"] else None)
 
 
-@pytest.mark.parametrize("word, kind, value", [("auto", int | str, "auto"), ("8", int | str, 8), (".5", float | int, .5), ("true", bool, True), ("all", tuple[str, ...] | str | None, None)])
+@pytest.mark.parametrize("word, kind, value", [("auto", int | str, "auto"), ("8", int | str, 8), (".5", float | int, .5),
+                                               ("true", bool, True), ("all", tuple[str, ...] | str | None, None)])
 def test_a_word_is_the_narrowest_type_that_fits(word, kind, value): assert parse(word, kind) == value
 
 

@@ -85,7 +85,8 @@ def test_statistics_permutation_equals_all_sign_flips():
     assert permutation_pvalue(rng(2).normal(5, 1, 40), rng(3).normal(0, 1, 40)) == pytest.approx(2e-4)  # never 0
     x = rng(0).normal(size=30)
     assert permutation_pvalue(x, x) == 1
-    for alternative, p in (("two-sided", 1), ("greater", .5), ("less", 1)): assert permutation_pvalue([2.], [1.], alternative=alternative) == p
+    for alternative, p in (("two-sided", 1), ("greater", .5), ("less", 1)):
+        assert permutation_pvalue([2.], [1.], alternative=alternative) == p
 
 
 def test_statistics_mcnemar_exact():
@@ -146,7 +147,8 @@ def test_statistics_degenerate_inputs():
 
 @pytest.mark.parametrize("call", [
     lambda: bootstrap_ratio([1, 2], [1, 2], [1]), lambda: bootstrap_ratio([1, 2], [1, 2], [1, 0]), lambda: bootstrap_mean([[1, 2]]),
-    lambda: bootstrap_mean([1, 2], level=95.), lambda: bootstrap_mean([1, 2], n_boot=0), lambda: bootstrap_share([.5, 1]), lambda: mcnemar([True], [])])
+    lambda: bootstrap_mean([1, 2], level=95.), lambda: bootstrap_mean([1, 2], n_boot=0), lambda: bootstrap_share([.5, 1]),
+    lambda: mcnemar([True], [])])
 def test_statistics_bad_input(call):
     with pytest.raises(ValueError): call()
 

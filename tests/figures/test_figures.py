@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pages import Page
 
 from langneuron_mi.figures import look as figures
-from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.files import ArtifactError
 from langneuron_mi.figures.look import dot_interval, figure_html, lang_name, neurons_per_layer, overlap_heatmap, ratio_matrices, ratio_matrix, save_figures, token_heat
 
 INF, NAN = math.inf, math.nan

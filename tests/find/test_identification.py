@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from langneuron_mi.find.identification import entropy, firing_rates, lape, random_neurons
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.identification import entropy, lape
+from langneuron_mi.find.rates import firing_rates
+from langneuron_mi.find.controls import random_neurons
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 
 getcontext().prec = 40
 fast = settings(max_examples=400, deadline=None, derandomize=True)
@@ -223,6 +226,7 @@ def test_lape_memory_adds_less_than_its_input():
 def test_lape_says_which_language_has_no_neuron():
     counts = np.zeros((3, 2, 50), np.int64)
     counts[0, :, :5], counts[1, :, 5:10], counts[2] = 90, 90, 1  # the third language fires a little everywhere, and owns nothing
-    stats = SimpleNamespace(langs=["en", "de", "tr"], n_tokens=dict(en=100, de=100, tr=100), count_pos=torch.from_numpy(counts), site="gate")
+    n = dict(en=100, de=100, tr=100)
+    stats = SimpleNamespace(langs=list(n), n_tokens=n, count_pos=torch.from_numpy(counts), site="gate")
     with pytest.warns(UserWarning, match="no neuron was found for tr"): found = lape(stats, top=.2, filter=.8, bar=.8)
     assert len(found["en"]) and len(found["de"]) and not len(found["tr"])

@@ -1,10 +1,5 @@
-"Identification methods beside LAPE: against scikit-learn, against loops, against the planted model, and the published formats."
-import io
+"Identification methods beside LAPE: against scikit-learn, against loops, against the planted model."
 import math
-import os
-import pathlib
-import pickle
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,14 +8,16 @@ from hypothesis import given, strategies as st
 from sklearn.metrics import average_precision_score
 
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.core.artifacts import ArtifactError
 from langneuron_mi.recording.groups import LEVELS
-from langneuron_mi.find.identification import (activation_probability, average_precision, average_precisions, lambda_score, language_activated, lape, plnd, random_neurons)
+from langneuron_mi.find.controls import random_neurons
+from langneuron_mi.find.identification import lambda_score, lape
+from langneuron_mi.find.rivals import activation_probability, average_precision, average_precisions, language_activated, plnd
 from langneuron_mi.models.loading import load_model
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet, set_overlap
+from langneuron_mi.find.language_neurons import LanguageNeurons, set_overlap
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model
 from langneuron_mi.testing.tiny import tiny_model
+
 
 TEXTS = {"en": ["the cat sat on the mat", "a dog", "birds fly south in winter because it is cold", "quiet now", "one more line"]*4,
          "de": ["die Katze saß auf der Matte", "ein Hund", "Vögel fliegen im Winter nach Süden", "still jetzt", "noch eine Zeile"]*4,
@@ -50,7 +47,8 @@ def stats_of(counts, tokens, langs=None):
 def test_average_precision_equals_sklearn_with_ties(seed, K, n):
     g = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(K), g.integers(0, K, n)])
-    scores = np.stack([g.integers(0, 4, len(labels)).astype(float), g.normal(size=len(labels)), np.zeros(len(labels)), g.normal(size=len(labels)).round(1)], 1)
+    size = len(labels)
+    scores = np.stack([g.integers(0, 4, size).astype(float), g.normal(size=size), np.zeros(size), g.normal(size=size).round(1)], 1)
     got = average_precisions(torch.from_numpy(scores), torch.from_numpy(labels), K)
     want = [[average_precision_score(labels == k, scores[:, i]) for i in range(scores.shape[1])] for k in range(K)]
     assert np.abs(got.numpy() - want).max() < 1e-12
@@ -59,9 +57,10 @@ def test_average_precision_equals_sklearn_with_ties(seed, K, n):
 def test_average_precision_sets_equal_sklearn_on_a_tiny_model(tiny_stats):
     s = tiny_stats
     labels = np.repeat(np.arange(3), 8)
-    ap = np.stack([[[average_precision_score(labels == k, torch.cat([s.text_means[o][l][:, i] for o in s.langs]).double().numpy()) for i in range(s.d_mlp)]
-                    for l in range(s.n_layers)] for k in range(3)])
-    found = average_precision(s, top=5, bottom=3)
+    def precision(k, l, i):
+        return average_precision_score(labels == k, torch.cat([s.text_means[o][l][:, i] for o in s.langs]).double().numpy())
+    ap = np.array([[[precision(k, l, i) for i in range(s.d_mlp)] for l in range(s.n_layers)] for k in range(3)])
+    found = average_precision(s, n=5, lowest=3)
     assert np.abs(found.score.numpy() - ap).max() < 1e-12
     for k, lang in enumerate(s.langs):
         flat = ap[k].ravel().round(12)
@@ -69,7 +68,7 @@ def test_average_precision_sets_equal_sklearn_on_a_tiny_model(tiny_stats):
         assert {l*s.d_mlp + i for l, i in found[lang]} == want
     over = average_precision(s, threshold=.6)
     mask = ap > .6
-    assert {lang: set(over[lang]) for lang in s.langs} == {lang: {tuple(map(int, p)) for p in np.argwhere(mask[k] & (mask.sum(0) == 1))} for k, lang in enumerate(s.langs)}
+    for k, lang in enumerate(s.langs): assert set(over[lang]) == {tuple(map(int, p)) for p in np.argwhere(mask[k] & (mask.sum(0) == 1))}
     both = average_precision(s, threshold=.6, exclusive=False)
     assert all(set(both[l]) >= set(over[l]) for l in s.langs)
 
@@ -80,10 +79,10 @@ def test_average_precision_refuses():
     one = ActivationStats.from_text_means({"en": torch.rand(1, 4, 3)})
     with pytest.raises(ValueError, match="two or more"): average_precision(one)
     two = ActivationStats.from_text_means({"en": torch.rand(1, 4, 3), "de": torch.rand(1, 4, 3)})
-    with pytest.raises(ValueError, match="top \\+ bottom"): average_precision(two)
+    with pytest.raises(ValueError, match="n \\+ lowest"): average_precision(two)
     with pytest.raises(ValueError, match="threshold is"): average_precision(two, threshold=2)
     bad = ActivationStats.from_text_means({"en": torch.rand(1, 4, 3), "de": torch.full((1, 4, 3), float("nan"))})
-    with pytest.raises(ValueError, match="'de' are not finite in layer 0"): average_precision(bad, top=1, bottom=0)
+    with pytest.raises(ValueError, match="'de' are not finite in layer 0"): average_precision(bad, n=1, lowest=0)
 
 
 # lambda score
@@ -111,7 +110,8 @@ def slow_lambda(counts, tokens, lam, top, bar, minus=None):
     return [sorted((l, i) for l, i in taken if p[k, l, i] > least) for k in range(K)]
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0., .05, .109375, .2]), st.sampled_from([.05, .3, 1.]), st.sampled_from([.5, .95]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([0., .05, .109375, .2]), st.sampled_from([.05, .3, 1.]), st.sampled_from([.5, .95]),
+       st.booleans())
 def test_lambda_score_equals_loops(seed, lam, top, bar, with_prefix):
     g = np.random.default_rng(seed)
     tokens = [97, 300, 41]
@@ -151,7 +151,9 @@ def test_lambda_score_of_a_prefix_difference_counts_the_answers_only():
     for lang, texts in TEXTS.items():
         for t in texts:
             ids, k = [1] + tok(t, add_special_tokens=False).input_ids, 1 + len(tok(t.split()[0], add_special_tokens=False).input_ids)
-            keep, hooks = [], [layer.mlp.act_fn.register_forward_hook(lambda m, i, o: keep.append((o[0, k:] > 0).sum(0))) for layer in tiny_layers(model)]
+            keep = []
+            def fired(m, i, o): keep.append((o[0, k:] > 0).sum(0))
+            hooks = [layer.mlp.act_fn.register_forward_hook(fired) for layer in tiny_layers(model)]
             with torch.no_grad(): tiny_hf(model)(torch.tensor([ids]))
             for h in hooks: h.remove()
             tail[lang] += torch.stack(keep)
@@ -172,7 +174,8 @@ def tiny_layers(model):
 
 def test_lambda_score_refuses():
     s = stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "de"])
-    with pytest.raises(ValueError, match="langs differs"): lambda_score(s, minus=stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "fr"]))
+    french = stats_of(torch.ones(2, 1, 3, dtype=torch.int64), [4, 4], ["en", "fr"])
+    with pytest.raises(ValueError, match="langs differs"): lambda_score(s, minus=french)
     with pytest.raises(ValueError, match="number or 'auto'"): lambda_score(s, lam="best")
     with pytest.raises(ValueError, match="two or more"): lambda_score(s.select(["en"]))
     turned = lambda_score(s, lam=0, minus=stats_of(torch.tensor([[[0, 1, 1]], [[1, 0, 0]]]), [2, 2], ["de", "en"]), top=1., bar=0)
@@ -187,7 +190,8 @@ def test_plnd_equals_brute_force(tiny_stats):
         use = k or round(.14*s.d_mlp)
         always = {}
         for lang in s.langs:
-            sets = [{(l, i) for l in range(s.n_layers) for i in sorted(range(s.d_mlp), key=lambda i: (-float(s.impact[lang][l][t, i]), i))[:use]} for t in range(8)]
+            def first(l, t): return sorted(range(s.d_mlp), key=lambda i: (-float(s.impact[lang][l][t, i]), i))[:use]
+            sets = [{(l, i) for l in range(s.n_layers) for i in first(l, t)} for t in range(8)]
             always[lang] = set.intersection(*sets)
         own = {l: v - set().union(*(always[o] for o in s.langs if o != l)) for l, v in always.items()}
         assert {l: set(v) for l, v in plnd(s, k=k).items()} == own
@@ -197,13 +201,14 @@ def test_plnd_equals_brute_force(tiny_stats):
 
 def test_language_activated_equals_brute_force(tiny_stats):
     s = tiny_stats
-    want = {lang: {(l, i) for l in range(s.n_layers) for i in range(s.d_mlp) if all(float(s.text_means[lang][l][t, i]) > 0 for t in range(8))} for lang in s.langs}
+    def always(lang, l, i): return all(float(s.text_means[lang][l][t, i]) > 0 for t in range(8))
+    want = {lang: {(l, i) for l in range(s.n_layers) for i in range(s.d_mlp) if always(lang, l, i)} for lang in s.langs}
     assert {l: set(v) for l, v in language_activated(s).items()} == want and any(want.values())
 
 
 @pytest.mark.parametrize("by", ["p75", "p90", "p95", "rate", "mean", "mean_abs"])
 def test_activation_probability_equals_brute_force(by):
-    "The threshold is the upper edge of the histogram's bin that holds the percentile; the share beyond it is counted on all activations kept."
+    "The threshold is the upper edge of the bin that holds the percentile; the share beyond it is counted on all activations kept."
     from langneuron_mi.recording.groups import _edges, bins
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
@@ -211,7 +216,8 @@ def test_activation_probability_equals_brute_force(by):
     found = activation_probability(s, by=by, top=.05)
     for k, lang in enumerate(s.langs):
         kept, hooks = [[] for _ in range(2)], []
-        for l, layer in enumerate(tiny_layers(model)): hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept[l].append(o[0, 1:])))
+        for l, layer in enumerate(tiny_layers(model)):
+            hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept[l].append(o[0, 1:])))
         with torch.no_grad():
             for t in TEXTS[lang]: tiny_hf(model)(torch.tensor([[1] + tok(t, add_special_tokens=False).input_ids]))
         for h in hooks: h.remove()
@@ -236,9 +242,9 @@ def test_methods_on_the_planted_model(planted_stats):
     truth = {lang: set(v) for lang, v in p.neurons.items()}
     n = len(truth["de"])
     for method in (lape(s), lambda_score(s)): assert {k: set(v) for k, v in method.items()} == truth
-    ap = average_precision(s, top=n, bottom=0)
-    assert all(float(ap.score[k][pair]) == 1. for k, lang in enumerate(s.langs) for pair in truth[lang])  # planted neurons are perfect detectors
-    assert all(float(ap.score[k][pair]) == 1. for k, lang in enumerate(s.langs) for pair in ap[lang])   # and so is whatever ties with them
+    ap = average_precision(s, n=n, lowest=0)
+    for k, lang in enumerate(s.langs):  # planted neurons are perfect detectors, and so is whatever ties with them
+        assert all(float(ap.score[k][pair]) == 1. for pair in [*truth[lang], *ap[lang]])
     everyone = language_activated(s)
     for lang in s.langs:
         assert truth[lang] <= set(everyone[lang]) and set(p.shared) <= set(everyone[lang])  # one language at a time: shared neurons too
@@ -246,9 +252,11 @@ def test_methods_on_the_planted_model(planted_stats):
         marker = [pair for pair in truth[lang] if pair in used]
         assert marker and not (set(p.silent) & used) and set(p.shared) <= used
         assert set(p.shared).isdisjoint(plnd(s, k=60)[lang])
-        assert not truth[lang] <= set(activation_probability(s, by="p90", top=n/s.n_layers/s.d_mlp)[lang])  # all languages tie at 10 %: not what it measures
+        p90 = activation_probability(s, by="p90", top=n/s.n_layers/s.d_mlp)
+        assert not truth[lang] <= set(p90[lang])  # all languages tie at 10 %: not what it measures
         rate = activation_probability(s, by="rate", top=(n + len(p.shared))/s.n_layers/s.d_mlp)
-        assert all(float(rate.score[s.langs.index(lang)][pair]) == 1. for pair in rate[lang])  # among the neurons that always fire, own or shared
+        # among the neurons that always fire, own or shared
+        assert all(float(rate.score[s.langs.index(lang)][pair]) == 1. for pair in rate[lang])
 
 
 def test_methods_scale_without_a_loop_over_neurons():
@@ -258,11 +266,11 @@ def test_methods_scale_without_a_loop_over_neurons():
     s = ActivationStats.from_counts(torch.randint(0, 400, (18, 80, 512), generator=g), [1000]*18, langs)
     assert sum(lambda_score(s, lam=.05).sizes()) > 0 and lambda_score(s, lam=.05).score.shape == (80, 512)
     t = ActivationStats.from_text_means({l: torch.randn(80, 3, 512, generator=g) for l in langs})
-    assert average_precision(t, top=10, bottom=10).sizes().tolist() == [20]*18
+    assert average_precision(t, n=10).sizes().tolist() == [20]*18
 
 
 def test_methods_best_and_overlap_and_random(tiny_stats):
-    found = average_precision(tiny_stats, top=8, bottom=0)
+    found = average_precision(tiny_stats, n=8, lowest=0)
     assert found.best(3).sizes().tolist() == [3]*3
     for lang in found:
         scores = found.score_of(lang)
@@ -280,83 +288,6 @@ def test_methods_save_and_load_scores_of_every_language(tmp_path, tiny_stats):
     again = LanguageNeurons.load(found.save(tmp_path/"n.safetensors"))
     assert torch.equal(again.score, found.score) and again.low_is_best is False and again == found
     assert again.to_df().value.tolist() == found.to_df().value.tolist()
-
-
-# published formats
-
-def test_formats_rucaibox_round_trip_and_errors(tmp_path):
-    g = torch.Generator().manual_seed(0)
-    lists = [[torch.randperm(11008, generator=g)[:int(n)].sort().values for n in torch.randint(0, 5, (32,), generator=g)] for _ in range(6)]
-    torch.save(lists, tmp_path/"a.pth")
-    langs = ["en", "zh", "fr", "es", "vi", "id"]
-    found = LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(32, 11008))
-    back = torch.load(found.to_rucaibox(tmp_path/"b.pth"), weights_only=True)
-    assert all(torch.equal(x, y) for a, b in zip(lists, back) for x, y in zip(a, b)) and [len(b) for b in back] == [32]*6
-    with pytest.raises(ArtifactError, match="holds 6 languages, and 7 names"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=[*langs, "ja"], shape=(32, 11008))
-    with pytest.raises(ArtifactError, match="32 layers, the model 40"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(40, 11008))
-    with pytest.raises(ArtifactError, match="outside this model"): LanguageNeurons.from_rucaibox(tmp_path/"a.pth", langs=langs, shape=(32, 100))
-
-
-class Evil:
-    def __reduce__(self): return os.system, (f"touch {os.environ['EVIL']}",)
-
-
-@pytest.fixture
-def trap(tmp_path, monkeypatch):
-    monkeypatch.setenv("EVIL", str(tmp_path/"broken-into"))
-    yield tmp_path/"broken-into"
-    assert not (tmp_path/"broken-into").exists()
-
-
-def test_formats_malicious_files_run_nothing(tmp_path, trap):
-    inner = io.BytesIO()
-    torch.save(Evil(), inner)
-    class Hidden:  # a tensor's bytes that hold a pickle of their own
-        def __reduce__(self): return torch.storage._load_from_bytes, (inner.getvalue(),)
-    files = {k: pickle.dumps(x) for k, x in dict(plain=Evil(), inside=dict(lang_to_neuron={"en": Evil()}), hidden=dict(lang_to_neuron={"en": Hidden()})).items()}
-    files["eval"] = b"cbuiltins\neval\n(S'open(\"" + str(trap).encode() + b"\",\"w\")'\ntR."
-    for name, data in files.items():
-        (tmp_path/name).write_bytes(data)
-        with pytest.raises(ArtifactError): LanguageNeurons.from_lsn(tmp_path/name)
-    torch.save([[Evil()]], tmp_path/"c.pth")
-    with pytest.raises(ArtifactError, match="can run code"): LanguageNeurons.from_rucaibox(tmp_path/"c.pth", ["en"], (1, 4))
-    torch.save(dict(n=3, over_zero=Evil()), tmp_path/"d")
-    with pytest.raises(ArtifactError, match="can run code"): ActivationStats.from_rucaibox({"en": tmp_path/"d"})
-
-
-def test_formats_lsn(tmp_path):
-    content = dict(device=torch.device("cpu"), model_name="meta-llama/Meta-Llama-3.1-8B", lang_list=["en", "vi"], method="act_prob_90p", cwd=pathlib.Path("/home/x"),
-                   lang_neuron_path=pathlib.PosixPath("/home/x/a.pkl"), quant_config=None, L=4, int_d=16, m=2,
-                   lang_to_neuron={"en": torch.tensor([[3, 15], [0, 2]]), "vi": torch.tensor([[1, 1], [1, 2]])})
-    (tmp_path/"a.pkl").write_bytes(pickle.dumps(content))
-    found = LanguageNeurons.from_lsn(tmp_path/"a.pkl")
-    assert {k: list(v) for k, v in found.items()} == {"en": [(0, 2), (3, 15)], "vi": [(1, 1), (1, 2)]} and found.shape == (4, 16)
-    assert found.method == "lsn/act_prob_90p" and found.provenance["model_id"].endswith("8B")
-    (tmp_path/"np.pkl").write_bytes(pickle.dumps(OrderedDict(lang_to_neuron={"en": np.array([[0, 1]])})))
-    assert list(LanguageNeurons.from_lsn(tmp_path/"np.pkl", shape=(1, 4))["en"]) == [(0, 1)]
-    with pytest.raises(ArtifactError, match="give shape="): LanguageNeurons.from_lsn(tmp_path/"np.pkl")
-    with pytest.raises(ArtifactError, match="4 layers x 16, not"): LanguageNeurons.from_lsn(tmp_path/"a.pkl", shape=(32, 16))
-    (tmp_path/"far.pkl").write_bytes(pickle.dumps(content | dict(int_d=8)))
-    with pytest.raises(ArtifactError, match="outside this model"): LanguageNeurons.from_lsn(tmp_path/"far.pkl")
-    (tmp_path/"cut.pkl").write_bytes((tmp_path/"a.pkl").read_bytes()[:-40])
-    with pytest.raises(ArtifactError, match="damaged"): LanguageNeurons.from_lsn(tmp_path/"cut.pkl")
-    (tmp_path/"other.pkl").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(ArtifactError, match="lang_to_neuron"): LanguageNeurons.from_lsn(tmp_path/"other.pkl")
-
-
-def test_formats_activation_counts(tmp_path):
-    c = torch.randint(0, 50, (2, 3, 8))
-    torch.save(dict(n=50, over_zero=c[0].int()), tmp_path/"activation.en.train.llama")
-    torch.save(dict(total_tokens=60, over_zero=c[1]), tmp_path/"activation.de.Mistral.pt")
-    s = ActivationStats.from_rucaibox({"en": tmp_path/"activation.en.train.llama", "de": tmp_path/"activation.de.Mistral.pt"}, model_id="Mistral")
-    assert torch.equal(s.count_pos, c) and s.n_tokens == {"en": 50, "de": 60} and lape(s).langs == ("en", "de")
-    torch.save(dict(n=50, over_zero=c[0, :2]), tmp_path/"other")
-    with pytest.raises(ArtifactError, match="different models"): ActivationStats.from_rucaibox({"en": tmp_path/"activation.en.train.llama", "de": tmp_path/"other"})
-    torch.save(dict(n=5, over_zero=c[0] + 10), tmp_path/"few")
-    with pytest.raises(ValueError, match="between 0 and the 5 tokens"): ActivationStats.from_rucaibox({"en": tmp_path/"few"})
-    torch.save([c[0]], tmp_path/"list")
-    with pytest.raises(ArtifactError, match="not an activation count file"): ActivationStats.from_rucaibox({"en": tmp_path/"list"})
-    with pytest.raises(ArtifactError, match="no file"): ActivationStats.from_rucaibox({"en": tmp_path/"none"})
 
 
 def test_methods_levels_name_the_percentiles():

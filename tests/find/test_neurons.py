@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from langneuron_mi.core import artifacts
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.core.artifacts import save_artifact
+from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 
 SHAPE = 3, 7
 cells = st.sets(st.tuples(st.integers(0, SHAPE[0] - 1), st.integers(0, SHAPE[1] - 1)))
@@ -130,9 +132,9 @@ def test_language_neurons_load_refuses_damage(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(raw)
     (tmp_path / "short.safetensors").write_bytes(raw[:-9])
     for name in ("bad", "short", "missing"):
-        with pytest.raises(artifacts.ArtifactError): LanguageNeurons.load(tmp_path / f"{name}.safetensors")
-    artifacts.save_artifact(tmp_path / "other.safetensors", "activation_stats", {"x": torch.ones(1)}, {})
-    with pytest.raises(artifacts.ArtifactError): LanguageNeurons.load(tmp_path / "other.safetensors")
+        with pytest.raises(ArtifactError): LanguageNeurons.load(tmp_path / f"{name}.safetensors")
+    save_artifact(tmp_path / "other.safetensors", "activation_stats", {"x": torch.ones(1)}, {})
+    with pytest.raises(ArtifactError): LanguageNeurons.load(tmp_path / "other.safetensors")
 
 
 def test_language_neurons_mapping_and_errors():
@@ -206,11 +208,12 @@ def test_rucaibox_refusals(tmp_path, capsys):
              ([[Evil()]], ["en"], SHAPE, "a pickle can run code")]
     for data, langs, shape, says in cases:
         torch.save(data, tmp_path / "x.pth")
-        with pytest.raises(artifacts.ArtifactError, match=says): LanguageNeurons.from_rucaibox(tmp_path / "x.pth", langs, shape)
+        with pytest.raises(ArtifactError, match=says): LanguageNeurons.from_rucaibox(tmp_path / "x.pth", langs, shape)
     (tmp_path / "p.pth").write_bytes(pickle.dumps({"a": Evil()}))
     (tmp_path / "t.pth").write_bytes((tmp_path / "f.pth").read_bytes()[:200])
     for name in ("p", "t"):
-        with pytest.raises(artifacts.ArtifactError, match="not opened"): LanguageNeurons.from_rucaibox(tmp_path / f"{name}.pth", ["en"], SHAPE)
+        with pytest.raises(ArtifactError, match="not opened"):
+            LanguageNeurons.from_rucaibox(tmp_path / f"{name}.pth", ["en"], SHAPE)
     assert "code ran" not in capsys.readouterr().out
 
 

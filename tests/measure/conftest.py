@@ -1,7 +1,8 @@
 "The planted model with toy facts: what comes after a word, asked in every language."
 import pytest
 
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.facts import Fact
 from langneuron_mi.measure.probes import Probes
 from langneuron_mi.models.loading import load_model

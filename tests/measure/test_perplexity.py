@@ -7,7 +7,8 @@ import torch
 from lens import lens_models
 
 from langneuron_mi.text.sources import load_corpus
-from langneuron_mi.find.identification import lape, random_neurons
+from langneuron_mi.find.identification import lape
+from langneuron_mi.find.controls import random_neurons
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view

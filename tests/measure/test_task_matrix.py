@@ -12,7 +12,8 @@ from langneuron_mi.figures.look import figure_html
 from langneuron_mi.change.interventions import ablate, amplify
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.task_data import TaskError, load_tasks
 from langneuron_mi.measure.task_matrix import NONE, TaskMatrix, change_matrices, evaluate_matrix, task_rows
 from langneuron_mi.testing.planted import planted_model

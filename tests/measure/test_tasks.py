@@ -18,7 +18,8 @@ from lens import lens_models
 from langneuron_mi.change.interventions import Intervention, ablate, amplify
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.scoring import score
 from langneuron_mi.measure.task_data import TaskError, find_files, load_tasks, read_rows, task_names
 from langneuron_mi.measure.answers import Kept

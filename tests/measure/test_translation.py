@@ -20,7 +20,8 @@ from langneuron_mi.change.interventions import ablate, amplify
 from langneuron_mi.models.hooked import ModelError
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.measure.pairs import FLORES, load_pairs
 from langneuron_mi.measure.translation_scores import Translations, bleu_tokenizer, is_copy

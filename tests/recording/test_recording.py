@@ -13,7 +13,7 @@ import pytest
 import torch
 from lens import lens_models
 
-from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.files import ArtifactError
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
@@ -27,7 +27,8 @@ from langneuron_mi.text.windows import pack
 from langneuron_mi.text.sources import load_corpus
 
 ARCHS = ["llama", "mistral", "qwen2", "gemma2", "gemma3", "bloom", "gpt2"]
-TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4, "de": ["der schnelle braune", "Fuchs springt weit"] * 5}
+TEXTS = {"en": ["the quick brown fox", "jumps over", "the lazy dog again and again"] * 4,
+         "de": ["der schnelle braune", "Fuchs springt weit"] * 5}
 
 
 def mlps(hf):
@@ -207,7 +208,6 @@ def test_recording_other_configuration_in_the_same_folder(tmp_path):
 
 
 def test_recording_full_disk_then_continues(tmp_path, monkeypatch):
-    import langneuron_mi.core.artifacts as artifacts
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
     args = dict(length=16, shard_size=2, out=tmp_path / "a", checkpoint_every=0., progress=False)
@@ -217,10 +217,10 @@ def test_recording_full_disk_then_continues(tmp_path, monkeypatch):
         if len(calls) > 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*a, **k)
-    monkeypatch.setattr(artifacts.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(ArtifactError, match="space"):
         record(model, TEXTS, **args)
-    monkeypatch.setattr(artifacts.os, "replace", real)
+    monkeypatch.setattr(os, "replace", real)
     runs = []
     run = Recorder.run
     monkeypatch.setattr(Recorder, "run", lambda self, w, s, tick: runs.append(s.number) or run(self, w, s, tick))
@@ -251,7 +251,9 @@ record(load_model(hf, tokenizer=tok), texts, length=32, shard_size=4, batch_size
 def test_recording_killed_five_times_gives_the_same_bytes(tmp_path):
     "SIGKILL at five random moments, then to the end: the same bytes as an undisturbed run."
     env = os.environ | dict(HF_HUB_OFFLINE="1")
-    start = lambda out: subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, text=True)
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env,
+                                text=True)
     clean = start(tmp_path / "clean")
     everything = clean.communicate()[0].count("shard")
     assert clean.returncode == 0 and everything > 10
@@ -260,7 +262,8 @@ def test_recording_killed_five_times_gives_the_same_bytes(tmp_path):
         p = start(tmp_path / "killed")
         p.stdout.readline()
         time.sleep(rng.uniform(.05, 1.))
-        while i == 4 and p.poll() is None and not list((tmp_path / "killed").glob("part-*")): time.sleep(.02)  # at least one kill falls after a checkpoint
+        while i == 4 and p.poll() is None and not list((tmp_path / "killed").glob("part-*")):
+            time.sleep(.02)  # at least one kill falls after a checkpoint
         if p.poll() is None:
             p.send_signal(signal.SIGKILL)
             killed += 1
@@ -330,7 +333,8 @@ def test_recording_interrupted_before_the_first_shard_promises_nothing(tmp_path,
 @pytest.mark.parametrize("size", ["batch_size", "shard_size"])
 def test_recording_sizes_are_at_least_one(size):
     hf, tok = tiny_model("llama")
-    with pytest.raises(ValueError, match=f"{size}=0: give 1 or more windows"): record(load_model(hf, tokenizer=tok), TEXTS, progress=False, **{size: 0})
+    with pytest.raises(ValueError, match=f"{size}=0: give 1 or more windows"):
+        record(load_model(hf, tokenizer=tok), TEXTS, progress=False, **{size: 0})
 
 
 def test_recording_interrupted_keeps_what_is_done(tmp_path, monkeypatch):

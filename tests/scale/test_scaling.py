@@ -18,7 +18,7 @@ from lens import lens_models
 
 import langneuron_mi.scale.ray as scaling
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.core.artifacts import ArtifactError
+from langneuron_mi.core.files import ArtifactError
 from langneuron_mi.core.engine import Session
 from langneuron_mi.core.storage import mirrored
 from langneuron_mi.cli import main
@@ -29,7 +29,8 @@ from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.find.neurons import LanguageNeurons, NeuronSet
+from langneuron_mi.find.language_neurons import LanguageNeurons
+from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
 from langneuron_mi.measure.facts import Fact
 from langneuron_mi.measure.probes import Probes
