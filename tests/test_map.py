@@ -78,3 +78,12 @@ def test_map_functions_come_through_the_door_in_any_order():
     code = "import langneuron_mi.share.sharing, langneuron_mi.text.languages\nfrom langneuron_mi import sharing, languages\n"
     code += "assert callable(sharing) and len(languages())"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_map_tests_that_pages_name_exist():
+    there = {n for p in (ROOT/"tests").rglob("test_*.py") for n in re.findall(r"^def (test_\w+)", p.read_text(encoding="utf-8"), re.M)}
+    pages = {p: p.read_text(encoding="utf-8") for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    named = {n for text in pages.values() for n in re.findall(r"`(test_\w+)`", text)}
+    files = {n for text in pages.values() for n in re.findall(r"`(tests/[\w/]+\.py)`", text)}
+    assert len(named) > 20 and not named - there
+    assert len(files) > 5 and all((ROOT/n).exists() for n in files)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['chosen', 'Loading', 'Words', 'LangNeuronLM', 'Asked', 'pair_answers', 'Prompted', 'text_answers']
 
-# %% ../../nbs/measure/12_task_model.ipynb #e5101e2f
+# %% ../../nbs/measure/12_task_model.ipynb #d6e47697
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +26,7 @@ from .answers import Answered, Kept, answer_all, answer_key
 from .scoring import _pad, score
 from .task_data import Passes, TaskError, need_lm_eval
 
+# %% ../../nbs/measure/12_task_model.ipynb #e5101e2f
 need_lm_eval()
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import model_registry, register_model
