@@ -94,9 +94,18 @@ def speed() -> dict:
         for b in batches: v.body(b)
     def recorded(*groups): return lambda: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=groups, progress=False)
     measured = []
-    best = rates(dict(hf_body=hf_body, bridge_body=bridge_body, record=recorded("counts"), record_moments=recorded("counts", "moments")), tokens, 5, lambda: measured.append(matmul_rate(v)))
-    return dict(limit_tok_s=round(max(measured) / body_flops(v), 1), **{f"{k}_tok_s": round(x, 1) for k, x in best.items()}, matmul_gflop_s=round(max(measured) / 1e9, 1),
-                body_mflop_per_token=round(body_flops(v) / 1e6, 1))
+    best = rates(
+        dict(hf_body=hf_body, bridge_body=bridge_body, record=recorded("counts"), record_moments=recorded("counts", "moments")),
+        tokens,
+        5,
+        lambda: measured.append(matmul_rate(v)),
+    )
+    return dict(
+        limit_tok_s=round(max(measured) / body_flops(v), 1),
+        **{f"{k}_tok_s": round(x, 1) for k, x in best.items()},
+        matmul_gflop_s=round(max(measured) / 1e9, 1),
+        body_mflop_per_token=round(body_flops(v) / 1e6, 1),
+    )
 
 
 def group_speed() -> dict:
@@ -104,7 +113,14 @@ def group_speed() -> dict:
     from langneuron_mi import record
     model, v, text, tokens, batches = ready()
     kept = dict(counts=("counts",)) | {k: ("counts", k) for k in GROUPS[1:]} | dict(all=GROUPS)
-    best = rates({k: lambda g=g: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=g, progress=False) for k, g in kept.items()}, tokens, 3)
+    best = rates(
+        {
+            k: lambda g=g: record(model, text, tokens=tokens, length=LENGTH, batch_size=BATCH, groups=g, progress=False)
+            for k, g in kept.items()
+        },
+        tokens,
+        3,
+    )
     return dict(groups_tok_s={k: round(x, 1) for k, x in best.items()})
 
 
@@ -185,18 +201,34 @@ def steering() -> dict:
                 t = time.perf_counter()
                 f()
                 times[name].append(time.perf_counter() - t)
-    return dict(lss_s=round(s.work["seconds"], 1), lss_tokens=s.work["forward_tokens"], lss_logit_positions=s.work["logit_positions"], lss_ratio=round(s.work["seconds"] / plain, 2),
-                generation_ratio=round(min(times["plain"]) / min(times["steered"]), 2), generation_tok_s=round(len(prompts) * 24 / min(times["plain"]), 1))
+    return dict(
+        lss_s=round(s.work["seconds"], 1),
+        lss_tokens=s.work["forward_tokens"],
+        lss_logit_positions=s.work["logit_positions"],
+        lss_ratio=round(s.work["seconds"] / plain, 2),
+        generation_ratio=round(min(times["plain"]) / min(times["steered"]), 2),
+        generation_tok_s=round(len(prompts) * 24 / min(times["plain"]), 1),
+    )
 
 
 def demo() -> dict:
     "The demo from nothing but the installed packages and the converted model: seconds and peak memory."
     out = tempfile.mkdtemp()
     t = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out],
+        check=True,
+        stdout=sys.stderr,
+        stderr=subprocess.DEVNULL,
+    )
     s = time.perf_counter() - t
     t = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", "demo", "--out", out],
+        check=True,
+        stdout=sys.stderr,
+        stderr=subprocess.DEVNULL,
+    )
     again = time.perf_counter() - t
     shutil.rmtree(out)
     return dict(s=round(s, 1), again_s=round(again, 1), mb=round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024, 1))
@@ -209,10 +241,15 @@ def cpu_name() -> str:
 
 def main() -> None:
     from importlib.metadata import version
-    r = dict(machine=f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}", command="make bench",
-             versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")} | dict(python=platform.python_version()),
-             settings=dict(model="gemma-3-270m (Q4_K_M, dequantised), fp32", window=LENGTH, batch=BATCH))
-    so_far = HERE / "results.part.json" # an hour's work is not lost with its last part
+
+    r = dict(
+        machine=f"{cpu_name()}, {os.cpu_count()} cores, {platform.platform()}",
+        command="make bench",
+        versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")}
+        | dict(python=platform.python_version()),
+        settings=dict(model="gemma-3-270m (Q4_K_M, dequantised), fp32", window=LENGTH, batch=BATCH),
+    )
+    so_far = HERE / "results.part.json"  # an hour's work is not lost with its last part
     for part in PARTS:
         r |= result(part)
         so_far.write_text(json.dumps(r, indent=1) + "\n")
@@ -220,8 +257,24 @@ def main() -> None:
     table(r)
 
 
-PARTS = ("speed", "group_speed", "windows", "compiled", "recording_peers", "identification_peer", "generation_peers", "tokens_gemma", "tokens_tiny", "shapes",
-         "record_peaks", "lape_70b", "lambda_70b", "text_methods", "steering", "demo")
+PARTS = (
+    "speed",
+    "group_speed",
+    "windows",
+    "compiled",
+    "recording_peers",
+    "identification_peer",
+    "generation_peers",
+    "tokens_gemma",
+    "tokens_tiny",
+    "shapes",
+    "record_peaks",
+    "lape_70b",
+    "lambda_70b",
+    "text_methods",
+    "steering",
+    "demo",
+)
 
 
 def result(part: str) -> dict:
@@ -242,31 +295,75 @@ def table(r: dict) -> None:
         if found: print(f"{title}{note}")
         for name, x in found.items(): print(f"  {name:<46}{x:>10.1f} {unit}   {x/base:.2f}")
     if "bridge_body_tok_s" in r:
-        keys = dict(limit_tok_s="limit: matrix-product rate / FLOPs per token", hf_body_tok_s="Hugging Face body", bridge_body_tok_s="TransformerLens's body", record_tok_s="record, counts", record_moments_tok_s="record, counts and moments")
-        rows("through gemma-3-270m, share of the limit", {n: r[k] for k, n in keys.items()}, r["limit_tok_s"], note=" (to reach: record 0.75)")
-        print(f"  counts and moments over counts alone: {r['record_moments_tok_s']/r['record_tok_s']:.3f} (0.95)")
-    if g := r.get("groups_tok_s"): rows("groups, beside counts alone", g, g["counts"])
+        keys = dict(
+            limit_tok_s="limit: matrix-product rate / FLOPs per token",
+            hf_body_tok_s="Hugging Face body",
+            bridge_body_tok_s="TransformerLens's body",
+            record_tok_s="record, counts",
+            record_moments_tok_s="record, counts and moments",
+        )
+        rows(
+            "through gemma-3-270m, share of the limit",
+            {n: r[k] for k, n in keys.items()},
+            r["limit_tok_s"],
+            note=" (to reach: record 0.75)",
+        )
+        print(f"  counts and moments over counts alone: {r['record_moments_tok_s'] / r['record_tok_s']:.3f} (0.95)")
+    if g := r.get("groups_tok_s"):
+        rows("groups, beside counts alone", g, g["counts"])
     if p := r.get("recording_peers"):
         rows("the same counts another way, beside record", p, p["record"], note=" (record at least 2.5 times run_with_cache)")
-        print(f"  record over run_with_cache: {p['record']/p['run_with_cache']:.2f}; counts that differ: {r['recording_peers_differ_by']} of {r['recording_peers_counted']:,}; {r['peer_versions']}")
+        print(
+            f"  record over run_with_cache: {p['record'] / p['run_with_cache']:.2f}; counts that differ: {r['recording_peers_differ_by']} of {r['recording_peers_counted']:,}; {r['peer_versions']}"
+        )
     if p := r.get("generation_peers"):
         rows("generation while neurons are changed, beside none", p, p["none"])
         print(f"  texts equal to ours, of {r['generation_prompts']}: {r['generation_peers_same_text']}")
-    if p := r.get("identification_peers"): print(f"LAPE, 8 x 36,864: {p['lape']:.3f} s; the double Python loop {p['double_loop']:.2f} s, {p['double_loop']/p['lape']:.0f} times as long")
+    if p := r.get("identification_peers"):
+        print(
+            f"LAPE, 8 x 36,864: {p['lape']:.3f} s; the double Python loop {p['double_loop']:.2f} s, {p['double_loop'] / p['lape']:.0f} times as long"
+        )
     for k in ("tokens_gemma", "tokens_tiny", "layers", "neurons", "languages"):
-        if f"curve_{k}" in r: print(f"time against {k:<14} exponent {r[f'curve_{k}_exponent']}" + (f"; peak memory of the largest over the smallest {r[f'curve_{k}_memory_ratio']}" if f"curve_{k}_memory_ratio" in r else ""))
+        if f"curve_{k}" in r:
+            print(
+                f"time against {k:<14} exponent {r[f'curve_{k}_exponent']}"
+                + (
+                    f"; peak memory of the largest over the smallest {r[f'curve_{k}_memory_ratio']}"
+                    if f"curve_{k}_memory_ratio" in r
+                    else ""
+                )
+            )
     if "attention" in r:
         for length in sorted({x["length"] for x in r["attention"]}):
             e, q = (next(x["tok_s"] for x in r["attention"] if x["length"] == length and x["attention"] == a) for a in ("eager", "sdpa"))
-            print(f"window of {length:>5}: eager {e:.0f}, sdpa {q:.0f} tok/s   {q/e:.2f}")
-        print(f"batch size: {r['batch_size_tok_s']} tok/s; auto takes {r['batch_size_auto']}; of {r['counts_total']:,} counts, batch size 1 changes {r['counts_changed_by_batch_size_1']}, sdpa {r['counts_changed_by_sdpa']}")
-    if c := r.get("compiled"): print(f"torch.compile of the body without hooks: {c['compiled_tok_s']/c['plain_tok_s']:.2f} of its speed, after {c['first_call_s']:.0f} s")
-    if "record_peak_mb_10k" in r: print(f"peak memory of record, 10k and 100k tokens: {r['record_peak_mb_10k']:.0f} and {r['record_peak_mb_100k']:.0f} MB, ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)")
-    if "lape_70b_s" in r: print(f"LAPE, 80 layers x 28,672 x 18 languages: {r['lape_70b_s']:.1f} s (under 10), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)")
-    if "lambda_70b_s" in r: print(f"lambda score, the same, weight by bisection: {r['lambda_70b_s']:.1f} s, peak memory {r['lambda_70b_mem_ratio']:.2f} times the input")
-    if "ap_s" in r: print(f"average precision, 36,864 neurons, 8 x 100 texts: {r['ap_s']:.1f} s (under 60); PLND {r['plnd_s']:.1f} s")
-    if "lss_s" in r: print(f"LSS, 4 languages x 3 bases x 100 facts: {r['lss_s']:.1f} s, {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)")
-    if "demo_s" in r: print(f"demo: {r['demo_s']:.0f} s (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")
+            print(f"window of {length:>5}: eager {e:.0f}, sdpa {q:.0f} tok/s   {q / e:.2f}")
+        print(
+            f"batch size: {r['batch_size_tok_s']} tok/s; auto takes {r['batch_size_auto']}; of {r['counts_total']:,} counts, batch size 1 changes {r['counts_changed_by_batch_size_1']}, sdpa {r['counts_changed_by_sdpa']}"
+        )
+    if c := r.get("compiled"):
+        print(
+            f"torch.compile of the body without hooks: {c['compiled_tok_s'] / c['plain_tok_s']:.2f} of its speed, after {c['first_call_s']:.0f} s"
+        )
+    if "record_peak_mb_10k" in r:
+        print(
+            f"peak memory of record, 10k and 100k tokens: {r['record_peak_mb_10k']:.0f} and {r['record_peak_mb_100k']:.0f} MB, ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)"
+        )
+    if "lape_70b_s" in r:
+        print(
+            f"LAPE, 80 layers x 28,672 x 18 languages: {r['lape_70b_s']:.1f} s (under 10), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)"
+        )
+    if "lambda_70b_s" in r:
+        print(
+            f"lambda score, the same, weight by bisection: {r['lambda_70b_s']:.1f} s, peak memory {r['lambda_70b_mem_ratio']:.2f} times the input"
+        )
+    if "ap_s" in r:
+        print(f"average precision, 36,864 neurons, 8 x 100 texts: {r['ap_s']:.1f} s (under 60); PLND {r['plnd_s']:.1f} s")
+    if "lss_s" in r:
+        print(
+            f"LSS, 4 languages x 3 bases x 100 facts: {r['lss_s']:.1f} s, {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)"
+        )
+    if "demo_s" in r:
+        print(f"demo: {r['demo_s']:.0f} s (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")
 
 
 def some(*parts: str) -> None:

@@ -14,8 +14,16 @@ def exponent(x: list, y: list) -> float:
 def _tiny(**config):
     from langneuron_mi import load_model
     from langneuron_mi.testing.tiny import tiny_model
-    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=512)
-    hf, tok = tiny_model("llama", std=.05, **sizes | config)
+
+    sizes = dict(
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+    )
+    hf, tok = tiny_model("llama", std=0.05, **sizes | config)
     return load_model(hf, tokenizer=tok)
 
 
@@ -59,7 +67,11 @@ def tokens_gemma() -> dict:
         record(model, text, tokens=n, out=tempfile.mkdtemp(), progress=False)
         rows.append(dict(tokens=n, s=round(time.perf_counter() - t, 2), mb=round(peak_mb(), 1)))
     rows = rows[1:]
-    return dict(curve_tokens_gemma=rows, curve_tokens_gemma_exponent=exponent([r["tokens"] for r in rows], [r["s"] for r in rows]), curve_tokens_gemma_memory_ratio=round(rows[-1]["mb"]/rows[0]["mb"], 3))
+    return dict(
+        curve_tokens_gemma=rows,
+        curve_tokens_gemma_exponent=exponent([r["tokens"] for r in rows], [r["s"] for r in rows]),
+        curve_tokens_gemma_memory_ratio=round(rows[-1]["mb"] / rows[0]["mb"], 3),
+    )
 
 
 def shapes() -> dict:
@@ -70,7 +82,10 @@ def shapes() -> dict:
         for n in values:
             model = make(n)
             _measure(model, langs(n)[:1], 2_000)
-            rows.append({name: n} | min((_measure(model, langs(n), 8_000//(1 if name != "languages" else 4)) for _ in range(2)), key=lambda r: r["s"]))
+            rows.append(
+                {name: n}
+                | min((_measure(model, langs(n), 8_000 // (1 if name != "languages" else 4)) for _ in range(2)), key=lambda r: r["s"])
+            )
         out[f"curve_{name}"], out[f"curve_{name}_exponent"] = rows, exponent(values, [r["s"] for r in rows])
     curve("layers", [4, 8, 16, 32], lambda n: _tiny(num_hidden_layers=n))
     curve("neurons", [1024, 2048, 4096, 8192], lambda n: _tiny(intermediate_size=n))
@@ -100,8 +115,11 @@ def windows() -> dict:
                     v.body(ids[:1, :64])
                     t = time.perf_counter()
                     v.body(ids)
-                    r = rows.setdefault((length, kind), dict(length=length, attention=kind, tok_s=0., mb=round(window_bytes(v, length)*len(ids)/2**20, 1)))
-                    r["tok_s"] = max(r["tok_s"], round(2048/(time.perf_counter() - t), 1))
+                    r = rows.setdefault(
+                        (length, kind),
+                        dict(length=length, attention=kind, tok_s=0.0, mb=round(window_bytes(v, length) * len(ids) / 2**20, 1)),
+                    )
+                    r["tok_s"] = max(r["tok_s"], round(2048 / (time.perf_counter() - t), 1))
     attend(model, "eager")
     w = pack(text, v.tokenizer, tokens=16*255, length=256, seed=0, bos_token_id=v.bos_token_id)
     recorder = Recorder(v, ("counts", "moments"))
@@ -111,8 +129,14 @@ def windows() -> dict:
     counts = {n: record(model, text, batch_size=n, **args).count_pos for n in (8, 1)}
     attend(model, "sdpa")
     counts["sdpa"] = record(model, text, batch_size=8, **args).count_pos
-    return dict(attention=list(rows.values()), batch_size_tok_s=sizes, batch_size_auto=recorder.measured_batch_size(w, 16),
-                counts_total=int(counts[8].sum()), counts_changed_by_batch_size_1=int((counts[1] - counts[8]).abs().sum()), counts_changed_by_sdpa=int((counts["sdpa"] - counts[8]).abs().sum()))
+    return dict(
+        attention=list(rows.values()),
+        batch_size_tok_s=sizes,
+        batch_size_auto=recorder.measured_batch_size(w, 16),
+        counts_total=int(counts[8].sum()),
+        counts_changed_by_batch_size_1=int((counts[1] - counts[8]).abs().sum()),
+        counts_changed_by_sdpa=int((counts["sdpa"] - counts[8]).abs().sum()),
+    )
 
 
 def compiled() -> dict:
@@ -129,4 +153,10 @@ def compiled() -> dict:
         t = time.perf_counter()
         fast(ids, use_cache=False)
         first = time.perf_counter() - t
-        return dict(compiled=dict(plain_tok_s=round(ids.numel()/plain, 1), compiled_tok_s=round(ids.numel()/best_of(lambda: fast(ids, use_cache=False), 3), 1), first_call_s=round(first, 1)))
+        return dict(
+            compiled=dict(
+                plain_tok_s=round(ids.numel() / plain, 1),
+                compiled_tok_s=round(ids.numel() / best_of(lambda: fast(ids, use_cache=False), 3), 1),
+                first_call_s=round(first, 1),
+            )
+        )

@@ -8,7 +8,15 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LLAMA_8B = dict(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
+LLAMA_8B = dict(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+)
 
 
 def model_of(shape: dict, device: str, dtype):
@@ -67,8 +75,18 @@ def measure(device: str = "cuda", shape: dict = LLAMA_8B, dtype=None, length: in
                 t = time.perf_counter()
                 record(model, text, tokens=n, **args)
                 s = time.perf_counter() - t
-                rows.append(dict(attention=attention, groups="+".join(groups), tokens=n, tok_s=round(n/s, 1), limit_tok_s=round(limit, 1), share=round(n/s/limit, 3), tflop_s=round(rate/1e12, 2),
-                                 peak_gb=round(torch.cuda.max_memory_allocated()/2**30, 2) if device == "cuda" else None))
+                rows.append(
+                    dict(
+                        attention=attention,
+                        groups="+".join(groups),
+                        tokens=n,
+                        tok_s=round(n / s, 1),
+                        limit_tok_s=round(limit, 1),
+                        share=round(n / s / limit, 3),
+                        tflop_s=round(rate / 1e12, 2),
+                        peak_gb=round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
+                    )
+                )
     return rows
 
 
@@ -77,7 +95,13 @@ def main() -> None:
     if not torch.cuda.is_available(): sys.exit("bench-gpu: no CUDA device here; nothing was measured and no file was written")
     from importlib.metadata import version
     rows = measure()
-    r = dict(machine=torch.cuda.get_device_name(), command="make bench-gpu", shape=LLAMA_8B, rows=rows, versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")})
+    r = dict(
+        machine=torch.cuda.get_device_name(),
+        command="make bench-gpu",
+        shape=LLAMA_8B,
+        rows=rows,
+        versions={p: version(p) for p in ("torch", "transformers", "transformer-lens", "langneuron_mi")},
+    )
     (HERE / "results_gpu.json").write_text(json.dumps(r, indent=1) + "\n")
     for x in rows: print("  ".join(f"{k} {y}" for k, y in x.items()))
     print(f"\nto reach: share of the measured matrix rate 0.45; peak memory the same for 1 and 3 times the tokens ({r['machine']})")

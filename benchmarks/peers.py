@@ -58,7 +58,11 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
     hf, found, names = fresh(), {}, {v.point(l, "pre").name: l for l in range(v.n_layers)}
     start = lambda: torch.zeros(v.n_layers, v.d_mlp, dtype=torch.int64)
 
-    def ours(): found["record"] = record(model, text, langs=["en"], tokens=tokens, length=LENGTH, batch_size=BATCH, groups="counts", progress=False).count_pos[0]
+    def ours():
+        found["record"] = record(
+            model, text, langs=["en"], tokens=tokens, length=LENGTH, batch_size=BATCH, groups="counts", progress=False
+        ).count_pos[0]
+
     def run_with_cache():
         counts = start()
         for b in batches:
@@ -68,7 +72,10 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
     def per_text(batched: bool):
         "Hooks that move every activation to the CPU and keep it until the text is done."
         counts, kept = start(), {}
-        handles = [layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept.__setitem__(l, o.detach().cpu().numpy())) for l, layer in enumerate(hf.model.layers)]
+        handles = [
+            layer.mlp.act_fn.register_forward_hook(lambda m, i, o, l=l: kept.__setitem__(l, o.detach().cpu().numpy()))
+            for l, layer in enumerate(hf.model.layers)
+        ]
         rows = batches if batched else [torch.from_numpy(w.streams["en"][a:b].astype("int64"))[None] for a, b in zip(texts, texts[1:])]
         for row in rows:
             if not batched: row = torch.cat([torch.tensor([[v.bos_token_id]]), row], 1)
@@ -76,7 +83,10 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
             for l, a in kept.items(): counts[l] += torch.from_numpy((a[:, 1:] > 0).sum((0, 1)))
         for h in handles: h.remove()
         found["hooks_batched" if batched else "hooks_per_text"] = counts
-    contenders = dict(record=ours, run_with_cache=run_with_cache, hooks_batched=lambda: per_text(True), hooks_per_text=lambda: per_text(False))
+
+    contenders = dict(
+        record=ours, run_with_cache=run_with_cache, hooks_batched=lambda: per_text(True), hooks_per_text=lambda: per_text(False)
+    )
     if nnsight := peer("nnsight"):
         traced = nnsight.NNsight(hf)
         def with_nnsight():
@@ -93,7 +103,11 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
                 counting[l] += (base[:, 1:] > 0).sum((0, 1))
                 return base
             return see
-        watched = pyvene.IntervenableModel([dict(component=f"model.layers[{l}].mlp.act_fn.output", intervention=counter(l)) for l in range(v.n_layers)], model=fresh())
+
+        watched = pyvene.IntervenableModel(
+            [dict(component=f"model.layers[{l}].mlp.act_fn.output", intervention=counter(l)) for l in range(v.n_layers)], model=fresh()
+        )
+
         def with_pyvene():
             counting.zero_()
             for b in batches: watched({"input_ids": b})
@@ -103,9 +117,15 @@ def recording_peers(windows: int = 8, rounds: int = 2) -> dict:
     with torch.inference_mode():
         v.body(batches[0])
         seconds = take_turns(contenders, rounds)
-    off = {k: int((c - found["record"]).abs().sum()) for k, c in found.items() if k not in ("record", "hooks_per_text")}  # texts read alone are another context
-    return dict(recording_peers={k: round(tokens/s, 1) for k, s in seconds.items()}, recording_peers_differ_by=off, recording_peers_counted=int(found["record"].sum()),
-                peer_versions=peer_versions())
+    off = {
+        k: int((c - found["record"]).abs().sum()) for k, c in found.items() if k not in ("record", "hooks_per_text")
+    }  # texts read alone are another context
+    return dict(
+        recording_peers={k: round(tokens / s, 1) for k, s in seconds.items()},
+        recording_peers_differ_by=off,
+        recording_peers_counted=int(found["record"].sum()),
+        peer_versions=peer_versions(),
+    )
 
 
 def double_loop(counts, n: list[int], top: float = .01, share: float = .95) -> list[list[tuple[int, int]]]:
@@ -160,8 +180,12 @@ def generation_peers(rounds: int = 3, new: int = 24) -> dict:
     def ours():
         with amplify(neurons, by=2.).on(model): out["amplify"] = v.generate(prompts, new, min_new_tokens=new)
     def own_hook():
-        def double(mod, args, at): return (args[0].index_copy(-1, at, args[0][..., at]*2),)
-        handles = [hf.model.layers[l].mlp.down_proj.register_forward_pre_hook(lambda m, a, at=at: double(m, a, at)) for l, at in chosen.items()]
+        def double(mod, args, at):
+            return (args[0].index_copy(-1, at, args[0][..., at] * 2),)
+
+        handles = [
+            hf.model.layers[l].mlp.down_proj.register_forward_pre_hook(lambda m, a, at=at: double(m, a, at)) for l, at in chosen.items()
+        ]
         got = hf.generate(input_ids=ids, attention_mask=mask, **options)
         out["plain_hook"] = v.tokenizer.batch_decode(got[:, ids.shape[1]:], skip_special_tokens=True)
         for h in handles: h.remove()
@@ -172,8 +196,14 @@ def generation_peers(rounds: int = 3, new: int = 24) -> dict:
             with vector.apply(hf): hf.generate(input_ids=ids, attention_mask=mask, **options)
         contenders["steering_vectors"] = steered
     if pyvene := peer("pyvene"):
-        def doubling(at): return lambda base, source: base.index_copy(-1, at, base[..., at]*2)
-        changed = pyvene.IntervenableModel([dict(component=f"model.layers[{l}].mlp.act_fn.output", intervention=doubling(at)) for l, at in chosen.items()], model=fresh())
+
+        def doubling(at):
+            return lambda base, source: base.index_copy(-1, at, base[..., at] * 2)
+
+        changed = pyvene.IntervenableModel(
+            [dict(component=f"model.layers[{l}].mlp.act_fn.output", intervention=doubling(at)) for l, at in chosen.items()], model=fresh()
+        )
+
         def with_pyvene():
             _, got = changed.generate({"input_ids": ids, "attention_mask": mask}, intervene_on_prompt=True, **options)
             out["pyvene"] = v.tokenizer.batch_decode(got[:, ids.shape[1]:], skip_special_tokens=True)
@@ -181,5 +211,8 @@ def generation_peers(rounds: int = 3, new: int = 24) -> dict:
     with torch.inference_mode():
         v.generate(prompts, 4)
         seconds = take_turns(contenders, rounds)
-    return dict(generation_peers={k: round(len(prompts)*new/s, 1) for k, s in seconds.items()},
-                generation_peers_same_text={k: sum(a == b for a, b in zip(x, out["amplify"])) for k, x in out.items()}, generation_prompts=len(prompts))
+    return dict(
+        generation_peers={k: round(len(prompts) * new / s, 1) for k, s in seconds.items()},
+        generation_peers_same_text={k: sum(a == b for a, b in zip(x, out["amplify"])) for k, x in out.items()},
+        generation_prompts=len(prompts),
+    )

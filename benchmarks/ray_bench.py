@@ -50,8 +50,14 @@ def child() -> None:
 class Plain:
     "Plain processes that wait for work."
     def __init__(self, n: int):
-        self.procs = [subprocess.Popen([sys.executable, __file__, "--child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(n)]
-        for p in self.procs: self.expect(p, "ready")
+        self.procs = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
+            )
+            for _ in range(n)
+        ]
+        for p in self.procs:
+            self.expect(p, "ready")
 
     def expect(self, p, word: str) -> None:
         for line in p.stdout:
@@ -145,13 +151,32 @@ def main(tokens: int, rounds: int) -> None:
     from langneuron_mi.core.files import save_json
     from langneuron_mi.scale.plan import plan, size_of
     got = measure(tokens, rounds)
-    got |= dict(ray_to_two_processes=round(got["two_ray_workers_tok_s"] / got["two_processes_tok_s"], 3), ray_to_one_process=round(got["two_ray_workers_tok_s"] / got["one_process_tok_s"], 3))
-    llama = size_of(LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256))
+    got |= dict(
+        ray_to_two_processes=round(got["two_ray_workers_tok_s"] / got["two_processes_tok_s"], 3),
+        ray_to_one_process=round(got["two_ray_workers_tok_s"] / got["one_process_tok_s"], 3),
+    )
+    llama = size_of(
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+        )
+    )
     p = plan(llama, tokens=100e6, langs=18, gpus=1, flop_s=600e12)
     each = 14_680_064 * (1 / 1.25e9 + 1 / (got["merge_mb_s"] * 1e6))  # 10 Gbit/s, then the measured rate
-    got["simulated_8b"] = {str(n): round(simulate(n, p.shards, p.shard_s, .1, each), 3) for n in (1, 2, 8, 32, 128, 512)}
-    got |= dict(tokens=tokens, rounds=rounds, machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs", command=" ".join(["python", *sys.argv]), versions=provenance()["packages"])
-    for k, x in got.items(): print(f"{k:24} {x}")
+    got["simulated_8b"] = {str(n): round(simulate(n, p.shards, p.shard_s, 0.1, each), 3) for n in (1, 2, 8, 32, 128, 512)}
+    got |= dict(
+        tokens=tokens,
+        rounds=rounds,
+        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        command=" ".join(["python", *sys.argv]),
+        versions=provenance()["packages"],
+    )
+    for k, x in got.items():
+        print(f"{k:24} {x}")
     save_json(HERE / "ray_results.json", got)
 
 

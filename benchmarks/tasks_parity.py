@@ -56,9 +56,19 @@ def compare(ours, theirs, task) -> dict:
     out = dict(items=len(items), metrics=own, metrics_hf=value, metrics_identical={m: own[m] for m in own} == {m: value[m] for m in own})
     if len(items.loglik.iloc[0]):
         pairs = [(a, float(b[0])) for l, s in zip(items.loglik, samples) for a, b in zip(l, s["filtered_resps"])]
-        out |= dict(log_likelihoods=len(pairs), max_difference=max(abs(a - b) for a, b in pairs),
-                    same_answers=sum(int(a) == max(range(len(s["filtered_resps"])), key=lambda i: s["filtered_resps"][i][0]) for a, s in zip(items.answer, samples)))
-    else: out |= dict(identical_texts=sum(a == s["filtered_resps"][0] for a, s in zip(items.answer, samples)), characters=int(items.answer.str.len().sum()))
+        out |= dict(
+            log_likelihoods=len(pairs),
+            max_difference=max(abs(a - b) for a, b in pairs),
+            same_answers=sum(
+                int(a) == max(range(len(s["filtered_resps"])), key=lambda i: s["filtered_resps"][i][0])
+                for a, s in zip(items.answer, samples)
+            ),
+        )
+    else:
+        out |= dict(
+            identical_texts=sum(a == s["filtered_resps"][0] for a, s in zip(items.answer, samples)),
+            characters=int(items.answer.str.len().sum()),
+        )
     return out
 
 
@@ -92,16 +102,37 @@ def main():
     edits = {"none": Intervention()}
     if a.part == "hook":
         gen = torch.Generator().manual_seed(0)
-        some = NeuronSet(torch.stack([torch.randint(v.n_layers, (400,), generator=gen), torch.randint(v.d_mlp, (400,), generator=gen)], 1).unique(dim=0), v.shape, model=v.fingerprint)
-        edits = {"ablate": ablate(some), "amplify by 3": amplify(some, by=3.)}
-    if a.part == "hook" and a.answers: p.error("--answers does not tell edits apart in hf: leave it out for --part hook")
-    names = [t for l in a.langs.split(",") for t in (["xcopa_" + l] if a.part == "xcopa" else ["xquad_" + l] if a.part == "xquad" else ["xcopa_" + l])]
+        some = NeuronSet(
+            torch.stack([torch.randint(v.n_layers, (400,), generator=gen), torch.randint(v.d_mlp, (400,), generator=gen)], 1).unique(dim=0),
+            v.shape,
+            model=v.fingerprint,
+        )
+        edits = {"ablate": ablate(some), "amplify by 3": amplify(some, by=3.0)}
+    if a.part == "hook" and a.answers:
+        p.error("--answers does not tell edits apart in hf: leave it out for --part hook")
+    names = [
+        t
+        for l in a.langs.split(",")
+        for t in (["xcopa_" + l] if a.part == "xcopa" else ["xquad_" + l] if a.part == "xquad" else ["xcopa_" + l])
+    ]
     for name in names:
         for said, edit in edits.items():
             tasks = load_tasks(name, a.data)
-            ours, wall, cpu = timed(lambda: evaluate(model, tasks, edit, limit=a.limit, batch_size=a.batch_size, out=a.answers, progress=False))
-            with edited(hf_model, edit): theirs, wall_hf, cpu_hf = timed(lambda: run_hf(hf, tasks, a.limit))
-            row = compare(ours, theirs, name) | dict(seconds=wall, seconds_hf=wall_hf, cpu_seconds=cpu, cpu_seconds_hf=cpu_hf, batch_size=a.batch_size, attention=a.attention, threads=torch.get_num_threads(), work=ours.work)
+            ours, wall, cpu = timed(
+                lambda: evaluate(model, tasks, edit, limit=a.limit, batch_size=a.batch_size, out=a.answers, progress=False)
+            )
+            with edited(hf_model, edit):
+                theirs, wall_hf, cpu_hf = timed(lambda: run_hf(hf, tasks, a.limit))
+            row = compare(ours, theirs, name) | dict(
+                seconds=wall,
+                seconds_hf=wall_hf,
+                cpu_seconds=cpu,
+                cpu_seconds_hf=cpu_hf,
+                batch_size=a.batch_size,
+                attention=a.attention,
+                threads=torch.get_num_threads(),
+                work=ours.work,
+            )
             key = f"{a.part} {name}" + ("" if said == "none" else f", {said}")
             done = json.loads(Path(a.out).read_text()) if Path(a.out).exists() else {}
             Path(a.out).write_text(json.dumps(done | {key: row}, indent=1))

@@ -15,13 +15,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def hashes() -> dict[str, str]:
     "Content of every file that is made from notebooks, and of the notebooks."
-    files = [*ROOT.glob("langneuron_mi/**/*.py"), *ROOT.glob("nbs/**/*.ipynb"), ROOT/"README.md"]
-    return {str(f.relative_to(ROOT)): sha256(f.read_bytes()).hexdigest() for f in files if f.exists() and ".ipynb_checkpoints" not in f.parts}
+    files = [*ROOT.glob("langneuron_mi/**/*.py"), *ROOT.glob("nbs/**/*.ipynb"), ROOT / "README.md"]
+    return {
+        str(f.relative_to(ROOT)): sha256(f.read_bytes()).hexdigest() for f in files if f.exists() and ".ipynb_checkpoints" not in f.parts
+    }
 
 
 def main() -> int:
     before, changed = hashes(), set()
-    for step, run in [("nbdev_export", nbdev_export.__wrapped__), ("nbdev_clean", nbdev_clean.__wrapped__), ("tools/readme.py", write_readme)]:
+    for step, run in [
+        ("nbdev_export", nbdev_export.__wrapped__),
+        ("nbdev_clean", nbdev_clean.__wrapped__),
+        ("tools/readme.py", write_readme),
+    ]:
         run()
         after = hashes()
         for f in sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f)):

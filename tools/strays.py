@@ -12,13 +12,19 @@ PLACE = re.compile(r"(?<![\w.:/~])/(?:tmp|home|root|Users|work|private|var/folde
 
 def tracked(root: Path = ROOT) -> list[Path]:
     "Files that git knows, and those that it would add."
-    rows = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True).stdout
-    return [root/name for name in rows.split("\0") if name and ((root/name).exists() or (root/name).is_symlink())]
+    rows = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    return [root / name for name in rows.split("\0") if name and ((root / name).exists() or (root / name).is_symlink())]
 
 
 def links_out(root: Path, files: list[Path]) -> list[str]:
     "Links that leave the tree, or name their goal from the root of a disk."
-    return [str(f.relative_to(root)) for f in files if f.is_symlink() and (f.readlink().is_absolute() or not f.resolve().is_relative_to(root.resolve()))]
+    return [
+        str(f.relative_to(root))
+        for f in files
+        if f.is_symlink() and (f.readlink().is_absolute() or not f.resolve().is_relative_to(root.resolve()))
+    ]
 
 
 def places(root: Path, files: list[Path]) -> list[str]:
