@@ -81,7 +81,8 @@ def rates(contenders: dict, tokens: int, rounds: int, between=lambda: None) -> d
 
 
 def speed() -> dict:
-    "What stands between `record` and the limit: tokens per second, each the best of five rounds over the same windows, the contenders taking turns."
+    """What stands between `record` and the limit: tokens per second, each the best of five rounds over the same windows,
+    the contenders taking turns."""
     import torch
     from transformers import AutoModelForCausalLM
     from langneuron_mi import record
@@ -314,14 +315,16 @@ def table(r: dict) -> None:
     if p := r.get("recording_peers"):
         rows("the same counts another way, beside record", p, p["record"], note=" (record at least 2.5 times run_with_cache)")
         print(
-            f"  record over run_with_cache: {p['record'] / p['run_with_cache']:.2f}; counts that differ: {r['recording_peers_differ_by']} of {r['recording_peers_counted']:,}; {r['peer_versions']}"
+            f"  record over run_with_cache: {p['record'] / p['run_with_cache']:.2f}; counts that differ: "
+            f"{r['recording_peers_differ_by']} of {r['recording_peers_counted']:,}; {r['peer_versions']}"
         )
     if p := r.get("generation_peers"):
         rows("generation while neurons are changed, beside none", p, p["none"])
         print(f"  texts equal to ours, of {r['generation_prompts']}: {r['generation_peers_same_text']}")
     if p := r.get("identification_peers"):
         print(
-            f"LAPE, 8 x 36,864: {p['lape']:.3f} s; the double Python loop {p['double_loop']:.2f} s, {p['double_loop'] / p['lape']:.0f} times as long"
+            f"LAPE, 8 x 36,864: {p['lape']:.3f} s; the double Python loop {p['double_loop']:.2f} s, "
+            f"{p['double_loop'] / p['lape']:.0f} times as long"
         )
     for k in ("tokens_gemma", "tokens_tiny", "layers", "neurons", "languages"):
         if f"curve_{k}" in r:
@@ -338,29 +341,35 @@ def table(r: dict) -> None:
             e, q = (next(x["tok_s"] for x in r["attention"] if x["length"] == length and x["attention"] == a) for a in ("eager", "sdpa"))
             print(f"window of {length:>5}: eager {e:.0f}, sdpa {q:.0f} tok/s   {q / e:.2f}")
         print(
-            f"batch size: {r['batch_size_tok_s']} tok/s; auto takes {r['batch_size_auto']}; of {r['counts_total']:,} counts, batch size 1 changes {r['counts_changed_by_batch_size_1']}, sdpa {r['counts_changed_by_sdpa']}"
+            f"batch size: {r['batch_size_tok_s']} tok/s; auto takes {r['batch_size_auto']}; of {r['counts_total']:,} counts, batch "
+            f"size 1 changes {r['counts_changed_by_batch_size_1']}, sdpa {r['counts_changed_by_sdpa']}"
         )
     if c := r.get("compiled"):
         print(
-            f"torch.compile of the body without hooks: {c['compiled_tok_s'] / c['plain_tok_s']:.2f} of its speed, after {c['first_call_s']:.0f} s"
+            f"torch.compile of the body without hooks: {c['compiled_tok_s'] / c['plain_tok_s']:.2f} of its speed, after "
+            f"{c['first_call_s']:.0f} s"
         )
     if "record_peak_mb_10k" in r:
         print(
-            f"peak memory of record, 10k and 100k tokens: {r['record_peak_mb_10k']:.0f} and {r['record_peak_mb_100k']:.0f} MB, ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)"
+            f"peak memory of record, 10k and 100k tokens: {r['record_peak_mb_10k']:.0f} and {r['record_peak_mb_100k']:.0f} MB, "
+            f"ratio {r['record_peak_mb_100k'] / r['record_peak_mb_10k']:.3f} (within 0.05 of 1)"
         )
     if "lape_70b_s" in r:
         print(
-            f"LAPE, 80 layers x 28,672 x 18 languages: {r['lape_70b_s']:.1f} s (under 10), peak memory {r['lape_70b_mem_ratio']:.2f} times the input (under 3)"
+            f"LAPE, 80 layers x 28,672 x 18 languages: {r['lape_70b_s']:.1f} s (under 10), peak memory "
+            f"{r['lape_70b_mem_ratio']:.2f} times the input (under 3)"
         )
     if "lambda_70b_s" in r:
         print(
-            f"lambda score, the same, weight by bisection: {r['lambda_70b_s']:.1f} s, peak memory {r['lambda_70b_mem_ratio']:.2f} times the input"
+            f"lambda score, the same, weight by bisection: {r['lambda_70b_s']:.1f} s, peak memory {r['lambda_70b_mem_ratio']:.2f} "
+            f"times the input"
         )
     if "ap_s" in r:
         print(f"average precision, 36,864 neurons, 8 x 100 texts: {r['ap_s']:.1f} s (under 60); PLND {r['plnd_s']:.1f} s")
     if "lss_s" in r:
         print(
-            f"LSS, 4 languages x 3 bases x 100 facts: {r['lss_s']:.1f} s, {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)"
+            f"LSS, 4 languages x 3 bases x 100 facts: {r['lss_s']:.1f} s, {r['lss_tokens']:,} tokens, {r['lss_logit_positions']:,} "
+            f"with logits: {r['lss_ratio']:.2f} times their plain cost (under 1.2)"
         )
     if "demo_s" in r:
         print(f"demo: {r['demo_s']:.0f} s (under 600), peak {r['demo_peak_mb']:.0f} MB (under 6000); again {r['demo_again_s']:.0f} s")

@@ -95,7 +95,8 @@ def shapes() -> dict:
 
 
 def windows() -> dict:
-    "Window length with each attention, and batch size: tokens per second through gemma-3-270m; and what batch size and attention change in the counts."
+    """Window length with each attention, and batch size: tokens per second through gemma-3-270m; and what batch size and
+    attention change in the counts."""
     import torch
     from common import corpus
     from langneuron_mi import load_model, record, view

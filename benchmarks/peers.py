@@ -1,6 +1,7 @@
 """What a user would use instead, beside us in one process: recording, identification, generation under an intervention.
 
-`make peers` puts nnsight, pyvene and steering-vectors into .peers/ (without their dependencies, which would replace ours); a library that is not there is left out and named in the results.
+`make peers` puts nnsight, pyvene and steering-vectors into .peers/ (without their dependencies, which would replace ours); a
+library that is not there is left out and named in the results.
 """
 import logging
 import sys

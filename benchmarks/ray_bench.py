@@ -4,7 +4,8 @@
 
 gemma-3-270m on Bible text, English and German. The plain processes record one language each, which is what a user without Ray would do;
 Ray gets both as one recording. All models are loaded before the clock starts; packing, merging and the finished statistics are inside it.
-The contenders take turns, and the best of the rounds counts. The simulation takes two measured numbers, how long the merging process needs for
+The contenders take turns, and the best of the rounds counts. The simulation takes two measured numbers, how long the merging
+process needs for
 a shard's result and how unequal shards are, and the shard of `plan` for an 8B model.
 """
 import argparse
@@ -98,7 +99,8 @@ def merge_rate(engine, size: int = 14_680_064, n: int = 12) -> float:
 
 
 def simulate(workers: int, shards: int, shard_s: float, spread: float, merge_s: float, ahead: int = 4, seed: int = 0) -> float:
-    "Share of the workers' time that is spent on shards, with results merged one at a time and in order, and no more than `ahead` units per worker unmerged."
+    """Share of the workers' time that is spent on shards, with results merged one at a time and in order, and no more than
+    `ahead` units per worker unmerged."""
     rng = random.Random(seed)
     free, merged, back, now, clock, handed = [0.] * workers, 0, {}, 0., 0., 0
     work, flying = 0., []  # flying: (finish, shard)

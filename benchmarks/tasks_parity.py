@@ -1,7 +1,8 @@
 """The model `langneuron` beside lm-eval's own `hf` on gemma-3-270m: the same items, per-item differences, and seconds.
 
 python benchmarks/tasks_parity.py --data DATA --part xcopa --langs it     # DATA/xcopa/test.it.jsonl ..., DATA/xquad/xquad.en.json ...
-Parts: xcopa (log-likelihoods and accuracy), xquad (generated answers), hook (an intervention beside the same edit by a PyTorch hook inside hf).
+Parts: xcopa (log-likelihoods and accuracy), xquad (generated answers), hook (an intervention beside the same edit by a PyTorch
+hook inside hf).
 Results are added to the JSON file --out, by part and language, so that the parts may be run one after the other.
 """
 import argparse

@@ -138,10 +138,12 @@ def drawing(graph: dict[str, set[str]]) -> str:
             side = PAGE - 14 if u + WIDE / 2 >= PAGE / 2 else 14
             start = x + WIDE if side > PAGE / 2 else x
             lines.append(f'<path d="M{start:g} {y + HIGH / 2:g}H{side}V{v - 14:g}L{u + WIDE / 2:g} {v - 4:g}"/>')
+    size = f'viewBox="0 0 {PAGE} {len(lay) * DOWN}"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PAGE} {len(lay) * DOWN}" role="img" aria-label="floors of langneuron_mi">',
-            "<style>rect{fill:#f5f8fc;stroke:#5b7fa6} text{font:11px sans-serif;text-anchor:middle;fill:#444} .name{font:bold 14px sans-serif;fill:#111}"
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="floors of langneuron_mi">',
+            "<style>rect{fill:#f5f8fc;stroke:#5b7fa6} text{font:11px sans-serif;text-anchor:middle;fill:#444}"
+            " .name{font:bold 14px sans-serif;fill:#111}"
             " path{fill:none;stroke:#5b7fa6;stroke-width:1.4;marker-end:url(#a)}</style>",
             '<defs><marker id="a" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
             '<path d="M0 0L8 4L0 8z" style="fill:#5b7fa6;stroke:none;marker-end:none"/></marker></defs>',
