@@ -20,7 +20,7 @@ from ..figures.sharing_figures import category_contribution_figure
 from ..models.hooked import ModelView
 from ..models.loading import load_model
 from ..models.view import view
-from ..share.attribution import category_contribution
+from ..share.contributions import category_contribution
 from ..share.categories import CATEGORIES, check_prompts
 from ..share.effect import CategoryEffect, category_effect
 from ..share.sharing import Sharing, sharing

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from lens import has_hooked_transformer, hooked_transformer, lens_models
 
 from langneuron_mi.share.categories import CATEGORIES, input_categories
-from langneuron_mi.share.attribution import (category_contribution, category_share, contribution, effective_score, gradient_x_activation,
-    integrated_gradients, w_out, w_u)
+from langneuron_mi.share.contributions import category_contribution, category_share
+from langneuron_mi.share.attribution import contribution, effective_score, gradient_x_activation, integrated_gradients, w_out, w_u
 from langneuron_mi.change.interventions import ablate
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
@@ -285,3 +285,27 @@ def test_attribution_accepts_bf16_and_returns_float32(model):
               gradient_x_activation(half, PROMPTS, ANSWERS, lang="en")):
         assert x.dtype == torch.float32 and torch.isfinite(x).all()
     close(contribution(half, PROMPTS), contribution(model, PROMPTS), .1)
+
+
+def test_attribution_goes_on_from_finished_batches(tmp_path, monkeypatch):
+    import langneuron_mi.share.attribution as room
+    planted = planted_model()
+    model = load_model(planted.hf, tokenizer=planted.tokenizer)
+    texts = planted.texts(5, seed=1)["de"]
+    answers = [planted.successor(t.split()[-1]) for t in texts]
+    calls = dict(
+        contribution=lambda **how: contribution(model, texts, batch_size=2, **how),
+        effective_score=lambda **how: effective_score(model, texts, answers, lang="de", batch_size=2, **how),
+        gradient_x_activation=lambda **how: gradient_x_activation(model, texts, answers, lang="de", batch_size=2, **how),
+        integrated_gradients=lambda **how: (
+            integrated_gradients(model, texts, answers, lang="de", layer=1, steps=4, batch_size=2, **how).scores
+        ),
+    )
+    calm = {name: f(progress=False) for name, f in calls.items()}
+    for f in calls.values(): f(out=tmp_path, progress=False)
+    assert len(list(tmp_path.glob("attribution_part-*"))) == 4*3
+    (tmp_path/sorted(p.name for p in tmp_path.glob("*"))[0]).unlink()
+    seen, encode = [], room._last_posts
+    monkeypatch.setattr(room, "_last_posts", lambda *a: seen.append(1) or encode(*a))
+    assert all(torch.equal(f(out=tmp_path, progress=False), calm[name]) for name, f in calls.items())
+    assert len(seen) <= 1
