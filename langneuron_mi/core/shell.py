@@ -116,6 +116,24 @@ def _typed(option: Option) -> Callable:
         except ValueError: raise argparse.ArgumentTypeError(f"got {text!r}; give {_said(option.kind)}") from None
     return read
 
+# %% ../../nbs/core/07_shell.ipynb #7f9fe305
+def _parser(command: Callable, rows: Sequence[tuple[str, bool, Option]], prog: str, fail: Callable) -> argparse.ArgumentParser:
+    "What reads a command's words."
+    usage = " ".join([prog, *(o.name.upper() for _, is_option, o in rows if not is_option), "[options]"])
+    parser = argparse.ArgumentParser(prog, usage=usage, description=command.__doc__, allow_abbrev=False)
+    parser.error = lambda message: fail(message.removeprefix("argument "))
+    for _, is_option, o in rows:
+        text = o.help().replace("%", "%%")
+        if is_option: parser.add_argument(f"--{o.name}", type=_typed(o), default=argparse.SUPPRESS, help=text, metavar=o.name.upper())
+        else: parser.add_argument(o.name, type=_typed(o), help=text)
+    return parser
+
+def _plain(word: str) -> str:
+    "--held-out is --held_out."
+    is_name = word.startswith("--") and "=" not in word
+    return word.replace("-", "_").replace("__", "--", 1) if is_name else word
+
+# %% ../../nbs/core/07_shell.ipynb #85f1d171
 def read_command(command: Callable, # its own arguments are words, its concerns options
                  argv: Sequence[str], # as a shell gives them
                  prog: str = "", # for the help
@@ -124,16 +142,10 @@ def read_command(command: Callable, # its own arguments are words, its concerns 
     "What a command was told."
     concerns = getattr(command, "concerns", {})
     rows = _words(command, concerns)
-    usage = " ".join([prog, *(o.name.upper() for _, is_option, o in rows if not is_option), "[options]"])
-    parser = argparse.ArgumentParser(prog, usage=usage, description=command.__doc__, allow_abbrev=False)
-    parser.error = lambda message: fail(message.removeprefix("argument "))
-    for _, is_option, o in rows:
-        text = o.help().replace("%", "%%")
-        if is_option: parser.add_argument(f"--{o.name}", type=_typed(o), default=argparse.SUPPRESS, help=text, metavar=o.name.upper())
-        else: parser.add_argument(o.name, type=_typed(o), help=text)
-    plain = [a.replace("-", "_").replace("__", "--", 1) if a.startswith("--") and "=" not in a else a for a in argv]  # --held-out is --held_out
-    given, odd = parser.parse_known_args(plain)
-    if wrong := [a for a in odd if a.startswith("--")]: fail(unknown(wrong[0].split("=")[0].removeprefix("--"), [o.name for _, _, o in rows], command.__name__.strip("_")))
+    given, odd = _parser(command, rows, prog, fail).parse_known_args([_plain(a) for a in argv])
+    if wrong := [a for a in odd if a.startswith("--")]:
+        name = wrong[0].split("=")[0].removeprefix("--")
+        fail(unknown(name, [o.name for _, _, o in rows], command.__name__.strip("_")))
     if odd: fail(f"unexpected {' '.join(odd)}")
     out = {concern: {} for concern in concerns}
     for where, _, o in rows:

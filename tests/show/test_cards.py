@@ -33,7 +33,8 @@ def known():
 def test_card_of_every_planted_role(known):
     p, model, stats, _ = known
     shared = sharing(model, p.texts(10, seed=1), progress=False)
-    roles = {"specific": p.neurons["fr"][0], "all-shared": p.shared[0], "partial-shared": next(iter(p.partial.values()))[0], "non-activated": p.silent[0]}
+    partial = next(iter(p.partial.values()))[0]
+    roles = {"specific": p.neurons["fr"][0], "all-shared": p.shared[0], "partial-shared": partial, "non-activated": p.silent[0]}
     cards = neuron_cards(model, roles.values(), stats, texts=p.texts(3, seed=2), shared=shared)
     for (role, pair), c in zip(roles.items(), cards):
         assert (c.layer, c.neuron) == pair and c.categories.set_index("category").inputs[role] == 10
@@ -85,8 +86,10 @@ def test_card_escapes_everything(known):
     p, model, stats, facts = known
     card = neuron_card(model, (0, 0), stats, texts=p.texts(1, seed=3), facts=facts)
     evil = '"><script>alert(1)</script>'
-    card = replace(card, model_id=evil, owners=(evil,), tokens=pd.DataFrame([dict(token=evil, langs=evil, mean=1., n=1)]), texts=pd.DataFrame([dict(lang=evil, tokens=[evil], values=np.array([1.]), max=1.)]),
-                   rates=pd.DataFrame([dict(lang=evil, rate=.5, mean=1.)]), categories=pd.DataFrame([dict(category=evil, inputs=1, langs=evil)]))
+    card = replace(card, model_id=evil, owners=(evil,), tokens=pd.DataFrame([dict(token=evil, langs=evil, mean=1., n=1)]),
+                   texts=pd.DataFrame([dict(lang=evil, tokens=[evil], values=np.array([1.]), max=1.)]),
+                   rates=pd.DataFrame([dict(lang=evil, rate=.5, mean=1.)]),
+                   categories=pd.DataFrame([dict(category=evil, inputs=1, langs=evil)]))
     tags = []
     parser = html.parser.HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append(tag)
@@ -99,7 +102,8 @@ def test_card_table_to_browse(known):
     found = lape(stats)
     t = neuron_table(found, stats, sharing(model, p.texts(5, seed=1), progress=False))
     assert {(l, i) for l, i in zip(t.layer, t.neuron)} == {n for s in found.values() for n in s} and t.entropy.is_monotonic_increasing
-    assert np.allclose(t.set_index(["layer", "neuron"]).rate_de, [float(stats.value("de", "rate").values[l, i]) for l, i in zip(t.layer, t.neuron)])
+    rate = stats.value("de", "rate").values
+    assert np.allclose(t.set_index(["layer", "neuron"]).rate_de, [float(rate[l, i]) for l, i in zip(t.layer, t.neuron)])
     assert set(t.category) == {"specific"} and set(t.repetition) == {1.}
     silent = neuron_table(found["de"] - found["de"], stats)
     assert len(silent) == 0
