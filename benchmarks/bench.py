@@ -167,7 +167,7 @@ def text_methods() -> dict:
     "Average precision and PLND of 18 layers x 2,048 neurons in 8 languages of 100 texts: seconds."
     import torch
     from langneuron_mi.recording.stats import ActivationStats
-    from langneuron_mi.find.rivals import average_precision, plnd
+    from langneuron_mi.find.methods import average_precision, plnd
     texts = {f"x-{k}": torch.randn(18, 100, 2048) for k in range(8)}
     stats = ActivationStats.from_text_means(texts)
     object.__setattr__(stats, "impact", {k: x.abs() for k, x in texts.items()})

@@ -150,7 +150,7 @@ def measure(tokens: int, rounds: int) -> dict:
 def main(tokens: int, rounds: int) -> None:
     from transformers import LlamaConfig
     from langneuron_mi.core.fingerprints import provenance
-    from langneuron_mi.core.files import save_json
+    from langneuron_mi.core.atomic import save_json
     from langneuron_mi.scale.plan import plan, size_of
     got = measure(tokens, rounds)
     got |= dict(

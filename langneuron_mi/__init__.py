@@ -18,7 +18,7 @@ _names = {
     "recording.record": ["Recording", "record"],
     "find.language_neurons": ["LanguageNeurons"],
     "find.neurons": ["NeuronSet"],
-    "find.rivals": ["activation_probability", "average_precision", "language_activated", "plnd"],
+    "find.methods": ["activation_probability", "average_precision", "language_activated", "plnd"],
     "find.identification": ["lambda_score", "lape"],
     "find.controls": ["random_neurons"],
     "change.interventions": ["Intervention", "ablate", "add", "amplify", "set_to", "steer"],

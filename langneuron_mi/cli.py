@@ -142,7 +142,7 @@ def perplexity(
     from langneuron_mi.find.language_neurons import LanguageNeurons
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)
-    from langneuron_mi.core.files import atomic_write
+    from langneuron_mi.core.atomic import atomic_write
     from langneuron_mi.measure.perplexity import Measured, perplexity_matrix
     from langneuron_mi.text.sources import load_corpus
     how, there = Measured(**measured), Source(**source)
@@ -231,7 +231,7 @@ def _loaded_tasks(tasks: str, how: dict) -> tuple[dict, dict]:
 # %% ../nbs/90_cli.ipynb #098054b6
 def _evaluate(change, name: str, out: Path, how: dict) -> str:
     "One intervention on the tasks: a file, a table and a line a task."
-    from langneuron_mi.core.files import atomic_write
+    from langneuron_mi.core.atomic import atomic_write
     from langneuron_mi.measure.tasks import evaluate
     found = evaluate(intervention=change, **how)
     found.save(out/f"{name}.safetensors")
@@ -243,7 +243,7 @@ def _evaluate(change, name: str, out: Path, how: dict) -> str:
 
 def _write_matrix(found, out: Path) -> str:
     "Tables, figure and sentences of a task matrix."
-    from langneuron_mi.core.files import atomic_write
+    from langneuron_mi.core.atomic import atomic_write
     from langneuron_mi.figures.look import save_figures
     found.save(out/"matrix.safetensors")
     for name, table in dict(matrix=found.to_df(), headline=found.headline()).items():
@@ -266,7 +266,7 @@ def report(
     folder: str, # of an experiment that has run
 ):
     "Write the report of an experiment again, from what it kept"
-    from langneuron_mi.core.files import load_json
+    from langneuron_mi.core.atomic import load_json
     from langneuron_mi.studies.comparison import Experiment
     from langneuron_mi.studies.study import study_from
     facts = load_json(Path(folder)/"provenance.json")

@@ -88,3 +88,28 @@ def test_map_tests_that_pages_name_exist():
     files = {n for text in pages.values() for n in re.findall(r"`(tests/[\w/]+\.py)`", text)}
     assert len(named) > 20 and not named - there
     assert len(files) > 5 and all((ROOT/n).exists() for n in files)
+
+
+def test_map_rooms_are_of_a_size_to_live_in():
+    modules = {p: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT/"langneuron_mi").rglob("*.py") if p.name != "_modidx.py"}
+    assert len(modules) > 80 and {p.name: n for p, n in modules.items() if n > 350} == {}
+    for path in [ROOT/"nbs"/name for name in NOTEBOOKS]:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        export = [s for s in code if re.search(r"^#\|\s*export", s, re.M)]
+        exported = [[l for l in s.splitlines() if l.strip() and not l.startswith("#|")] for s in export]
+        assert len(cells) <= 60 and max(map(len, exported), default=0) <= 35, path
+        assert max(len(l) for s in code for l in s.splitlines()) <= 140, path
+    for path in (ROOT/"tests").rglob("*.py"):
+        assert max(map(len, path.read_text(encoding="utf-8").splitlines()), default=0) <= 140, path
+
+
+def test_map_functions_take_eight_things():
+    def long(node): return [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+    found = {
+        f"{p.name}: {n.name}": len(long(n))
+        for p in (ROOT/"langneuron_mi").rglob("*.py")
+        for n in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
+        if isinstance(n, ast.FunctionDef) and len(long(n)) > 8
+    }
+    assert found == {}

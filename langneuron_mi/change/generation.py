@@ -130,7 +130,7 @@ def shares(self: Generations) -> pd.DataFrame: # factor, lang, in_target, low, h
 @patch
 def show(self: Generations, n: int = 4, lang: str | None = None):
     "Samples side by side."
-    from langneuron_mi.figures.steering_figures import samples_html
+    from langneuron_mi.figures.generated_texts import samples_html
     d = self.df if lang is None else self.df[self.df.lang.isin([lang, ""])]
     return samples_html(d[d.prompt.isin(d.prompt.unique()[:n])])
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import ArtifactError, _cannot_write, _dumps, atomic_write
+from .atomic import ArtifactError, _cannot_write, _dumps, atomic_write
 from .fingerprints import tensor_bytes
 
 # %% ../../nbs/core/02_artifacts.ipynb #c8289d03

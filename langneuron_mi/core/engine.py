@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .files import ArtifactError
+from .atomic import ArtifactError
 from .fingerprints import fingerprint
 from .artifacts import load_artifact, read_header, save_artifact
 from .settings import engines

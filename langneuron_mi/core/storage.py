@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .files import ArtifactError
+from .atomic import ArtifactError
 
 # %% ../../nbs/core/05_storage.ipynb #c1da5911
 @dataclass

@@ -206,7 +206,7 @@ def ownership(self:LanguageNeurons) -> pd.DataFrame: # columns lang, owners, n
 @patch
 def plot_ownership(self:LanguageNeurons, **kwargs):
     "Bars of each language's neurons by how many languages own them."
-    from langneuron_mi.figures.look import ownership_bars
+    from langneuron_mi.figures.set_figures import ownership_bars
     return ownership_bars(self.ownership(), **kwargs)
 
 # %% ../../nbs/find/02_language_neurons.ipynb #0def9b23
@@ -232,13 +232,13 @@ def per_layer(self:LanguageNeurons) -> pd.DataFrame: # columns lang, layer, n
 @patch
 def plot(self:LanguageNeurons, **kwargs):
     "Heatmap of the number of neurons by language and layer."
-    from langneuron_mi.figures.look import neurons_per_layer
+    from langneuron_mi.figures.set_figures import neurons_per_layer
     return neurons_per_layer(self.per_layer(), **kwargs)
 
 @patch
 def plot_overlap(self:LanguageNeurons, **kwargs):
     "Heatmap of the overlap of every pair of languages."
-    from langneuron_mi.figures.look import overlap_heatmap
+    from langneuron_mi.figures.set_figures import overlap_heatmap
     return overlap_heatmap(self.overlap(), **kwargs)
 
 # %% ../../nbs/find/02_language_neurons.ipynb #afe27dfb

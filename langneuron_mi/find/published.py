@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.files import ArtifactError,atomic_write
+from ..core.atomic import ArtifactError,atomic_write
 from .neurons import NeuronSet,_shape
 
 # %% ../../nbs/find/01_published.ipynb #5a9b6647

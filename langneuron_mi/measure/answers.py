@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.fingerprints import fingerprint
-from ..core.files import load_json, save_json
+from ..core.atomic import load_json, save_json
 from ..core.engine import Session, Work
 
 # %% ../../nbs/measure/11_answers.ipynb #05cdaa52

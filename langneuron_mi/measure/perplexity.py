@@ -86,7 +86,7 @@ def to_df(self: PerplexityMatrix, n_boot: int = 2000, seed: int = 0) -> pd.DataF
 @patch
 def plot(self: PerplexityMatrix):
     "The ratio matrix of every method, on one colour scale centred at no effect."
-    from langneuron_mi.figures.look import ratio_matrices
+    from langneuron_mi.figures.effect_figures import ratio_matrices
     df = self.to_df()
     off = set(df.method) <= {"none", "lape", "random"}
     what = "with the neurons off" if off else "under each intervention"

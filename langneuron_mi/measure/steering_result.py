@@ -137,7 +137,7 @@ def pick(self: Steering, bound: float | int = 2., # largest median perplexity ra
 def plot(self: Steering, factor: str | None = None, # by default the first
          kind: str = "own"):
     "LSS of every base and target under one factor."
-    from langneuron_mi.figures.steering_figures import lss_matrix
+    from langneuron_mi.figures.shift_figures import lss_matrix
     f, whose = factor or self.items.factor.iloc[0], "its own" if kind == "own" else kind
     pairs = self.to_df().query("factor == @f and kind == @kind")
     return lss_matrix(pairs, title=f"Share of facts shifted to the target: {f}, {whose} neurons")
@@ -170,7 +170,7 @@ def _text_curve(generations) -> pd.DataFrame:
 def plot_factors(self: Steering, generations=None # from generate_texts: adds the share of texts in the target language
                 ):
     "Factors side by side: LSS, perplexity, language of generated text; own and random neurons."
-    from langneuron_mi.figures.steering_figures import factor_curves
+    from langneuron_mi.figures.curve_figures import factor_curves
     parts = [self._lss_curve()]
     if len(self.cost): parts.append(self._cost_curve())
     if generations is not None: parts.append(_text_curve(generations))

@@ -20,7 +20,8 @@ from plotly.subplots import make_subplots
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Run, open_session
 from ..core.settings import takes
-from ..figures.look import TEMPLATE, _cell, _colours, _frame, _grid, _matrix_axes, _narrow, _stacked, _unique, lang_name
+from ..figures.look import TEMPLATE, _grid, _narrow, _unique, lang_name
+from ..figures.effect_figures import _cell, _colours, _frame, _matrix_axes, _stacked
 from ..change.interventions import Intervention, ablate
 from ..text.languages import language
 from ..models.view import view

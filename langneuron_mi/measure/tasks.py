@@ -173,6 +173,6 @@ def load(cls: TaskResults, path: str | Path) -> TaskResults:
 @patch
 def plot(self: TaskResults):
     "Every task's metrics with their intervals."
-    from langneuron_mi.figures.look import dot_interval
+    from langneuron_mi.figures.effect_figures import dot_interval
     return dot_interval(self.to_df(), "value", "low", "high", "task", colour="metric", reference=None, log=False,
                         title=f"Tasks, intervention: {self.intervention}", x_title="value")

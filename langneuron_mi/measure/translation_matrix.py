@@ -141,7 +141,7 @@ def summary(self: TranslationTable, n_boot: int = 1000) -> pd.DataFrame: # a row
 def plot(self: TranslationTable, metric: str = "chrF++", # or BLEU, in_target, untranslated ...
          n_boot: int = 1000):
     "Change of a score by target and whose neurons, with intervals."
-    from langneuron_mi.figures.look import dot_interval
+    from langneuron_mi.figures.effect_figures import dot_interval
     d = self.to_df(n_boot)
     if metric not in set(d.metric): raise ValueError(f"no metric {metric!r}; there are {', '.join(dict.fromkeys(d.metric))}")
     d = d[(d.metric == metric) & (d.kind != "none")]

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core.files import atomic_write, save_json
+from ..core.atomic import atomic_write, save_json
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.statistics import Estimate, _bootstrap, bootstrap_share, mcnemar
 from ..text.languages import language

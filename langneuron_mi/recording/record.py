@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.fingerprints import fingerprint
-from ..core.files import save_json
+from ..core.atomic import save_json
 from ..core.engine import Checkpoint, Run, Session, Work, check_config, fold, open_session
 from ..core.settings import takes
 from ..models.hooked import ModelView

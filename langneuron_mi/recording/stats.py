@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from ..core.files import ArtifactError, save_json
+from ..core.atomic import ArtifactError, save_json
 from ..core.fingerprints import fingerprint, provenance
 from ..core.artifacts import load_artifact, read_header, save_artifact
 from .groups import LEVELS, group_of

@@ -86,7 +86,7 @@ def to_df(self: TokenActivations) -> pd.DataFrame: # prompt, pos, token, layer, 
 def show(self: TokenActivations, layer: int, neuron: int, prompt: int = 0):
     "The tokens of a prompt, coloured by one neuron's activation."
     from IPython.display import HTML
-    from langneuron_mi.figures.look import token_heat
+    from langneuron_mi.figures.token_heat import token_heat
     return HTML(token_heat(self.tokens[prompt], self.of(layer, neuron, prompt), f"layer {layer}, neuron {neuron}"))
 
 @patch

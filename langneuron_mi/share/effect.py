@@ -222,7 +222,7 @@ def plot(self: CategoryEffect,
          langs: Sequence[str] | None = None, # languages, "all" for their mean; by default the mean and every language
          **kwargs): # as for dot_interval
     "Own minus random change of log P(answer) by category, with intervals."
-    from langneuron_mi.figures.look import dot_interval
+    from langneuron_mi.figures.effect_figures import dot_interval
     s = self.summary()
     s = (s if langs is None else s[s.lang.isin(list(langs))]).replace({"lang": {"all": "all languages"}})
     words = dict(title=f"Answers under {self.op} of a category, against random neurons",

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from ..recording.stats import ActivationStats
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
-from ..figures.look import FAINT, INK, Html, lang_name, token_heat
+from ..figures.look import FAINT, INK, lang_name
+from ..figures.token_heat import Html, token_heat
 from ..change.interventions import ablate
 from ..models.hooked import ModelView
 from ..models.view import view

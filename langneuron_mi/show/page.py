@@ -14,7 +14,7 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..core.files import atomic_write, save_json
+from ..core.atomic import atomic_write, save_json
 from ..figures.look import figure_html, save_figures
 
 # %% ../../nbs/show/00_page.ipynb #0156dce3

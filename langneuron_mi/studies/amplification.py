@@ -17,7 +17,7 @@ from ..change.generation import Generations, generate_texts
 from ..change.interventions import POSITIONS
 from ..core.fingerprints import fingerprint, provenance
 from ..core.settings import unknown
-from ..figures.look import neurons_per_layer
+from ..figures.set_figures import neurons_per_layer
 from ..find.language_neurons import LanguageNeurons
 from ..measure.probes import Probes
 from ..measure.probe_sources import load_probes

@@ -15,7 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..core.statistics import bootstrap_mean
-from ..figures.look import dot_interval, neurons_per_layer, overlap_heatmap, ratio_matrices
+from ..figures.effect_figures import dot_interval, ratio_matrices
+from ..figures.set_figures import neurons_per_layer, overlap_heatmap
 from ..figures.sharing_figures import selectivity
 from ..find.language_neurons import LanguageNeurons
 from ..find.neurons import NeuronSet

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.engine import Keep
 from ..core.settings import annotations, from_mapping, unknown
-from ..find.rivals import activation_probability, average_precision, language_activated, plnd
+from ..find.methods import activation_probability, average_precision, language_activated, plnd
 from ..find.identification import lambda_score, lape
 from ..text.languages import language
 

@@ -19,7 +19,8 @@ from scipy import stats as scipy_stats
 
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.statistics import Estimate, bootstrap_mean, bootstrap_ratio
-from ..figures.look import dot_interval, lang_name
+from ..figures.effect_figures import dot_interval
+from ..figures.look import lang_name
 from ..find.language_neurons import LanguageNeurons
 from ..share.categories import CATEGORIES
 from ..show.page import html_table, study_page, write_study

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..core.files import atomic_write
+from ..core.atomic import atomic_write
 from ..core.settings import takes
 from .corpus import Corpus, CorpusError, digest, text_hash
 from .languages import UnknownLanguage, language

@@ -196,7 +196,8 @@ def _group(neurons: str, statistics: str) -> str:
 def plot(self: TestTime, metric: str | None = None, # the first when not given
          lang: str | None = None):
     "Change of the score under each value: own neurons at both sites, random ones at the consistent site."
-    from langneuron_mi.figures.look import dot_interval, lang_name
+    from langneuron_mi.figures.effect_figures import dot_interval
+    from langneuron_mi.figures.look import lang_name
     df = self.to_df()
     metric, lang = metric or df.metric[0], lang or df.lang[0]
     df = df[(df.metric == metric) & (df.lang == lang) & df.neurons.isin(["own", "random 0"])]

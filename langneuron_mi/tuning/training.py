@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..change.interventions import check_model
-from ..core.files import atomic_write, load_json, save_json
+from ..core.atomic import atomic_write, load_json, save_json
 from ..core.fingerprints import provenance
 from ..core.settings import takes
 from ..find.neurons import NeuronSet

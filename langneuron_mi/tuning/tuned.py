@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.files import load_json, save_json
+from ..core.atomic import load_json, save_json
 from ..find.language_neurons import LanguageNeurons
 from ..find.neurons import NeuronSet
 from ..models.loading import load_model

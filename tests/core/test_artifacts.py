@@ -8,7 +8,7 @@ from anything import python, typed, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from langneuron_mi.core.files import ArtifactError, atomic_write
+from langneuron_mi.core.atomic import ArtifactError, atomic_write
 from langneuron_mi.core.artifacts import load_artifact, read_header, save_artifact
 
 

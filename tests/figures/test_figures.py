@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from pages import Page
 
-from langneuron_mi.figures import look as figures
-from langneuron_mi.core.files import ArtifactError
-from langneuron_mi.figures.look import dot_interval, figure_html, lang_name, neurons_per_layer, overlap_heatmap, ratio_matrices, ratio_matrix, save_figures, token_heat
+from langneuron_mi.figures import effect_figures, look
+from langneuron_mi.core.atomic import ArtifactError
+from langneuron_mi.figures.effect_figures import dot_interval, ratio_matrices, ratio_matrix
+from langneuron_mi.figures.look import figure_html, lang_name, save_figures
+from langneuron_mi.figures.set_figures import neurons_per_layer, overlap_heatmap
+from langneuron_mi.figures.token_heat import token_heat
 
 INF, NAN = math.inf, math.nan
 
@@ -69,7 +72,7 @@ def test_figures_ratio_matrix_keeps_infinite_missing_and_unsure_cells():
 @given(st.floats(1.01, 1e250))
 @settings(max_examples=100, deadline=None)
 def test_figures_ratio_ticks_are_few_symmetric_and_hold_one(limit):
-    ticks = figures._ratio_ticks(limit)
+    ticks = effect_figures._ratio_ticks(limit)
     assert 1 in ticks and len(ticks) <= 11 and ticks == sorted(ticks)
     assert np.allclose(ticks, [1 / t for t in reversed(ticks)]) and ticks[-1] <= limit * 1.001
 
@@ -95,7 +98,11 @@ def test_figures_neurons_per_layer():
     df = pd.DataFrame(dict(lang=["en", "en", "de"], layer=[0, 3, 1], n=[5, 7, 2]))
     fig = neurons_per_layer(df)
     assert np.array_equal(fig.data[0].z, [[5, 0, 0, 7], [0, 2, 0, 0]])
-    assert fig.layout.xaxis.title.text == "layer" and fig.layout.yaxis.ticktext[0].startswith("English") and "12" in fig.layout.yaxis.ticktext[0]
+    assert (
+        fig.layout.xaxis.title.text == "layer"
+        and fig.layout.yaxis.ticktext[0].startswith("English")
+        and "12" in fig.layout.yaxis.ticktext[0]
+    )
     assert "layer 3" in fig.data[0].text[0][3] and "<b>7</b>" in fig.data[0].text[0][3]
     neurons_per_layer(df[:0])
 
@@ -103,7 +110,11 @@ def test_figures_neurons_per_layer():
 # --- intervals ---
 
 def test_figures_dot_interval():
-    df = pd.DataFrame(dict(lang=["en", "de", "en", "de"], m=["a", "a", "b", "b"], r=[2., INF, 1., 3.], lo=[1.5, NAN, NAN, 2.5], hi=[3., NAN, NAN, 3.5]))
+    df = pd.DataFrame(
+        dict(
+            lang=["en", "de", "en", "de"], m=["a", "a", "b", "b"], r=[2.0, INF, 1.0, 3.0], lo=[1.5, NAN, NAN, 2.5], hi=[3.0, NAN, NAN, 3.5]
+        )
+    )
     fig = dot_interval(df, "r", "lo", "hi", "lang", colour="m", x_title="ratio")
     a, b = fig.data
     assert a.error_x.array[0] == 1 and a.error_x.arrayminus[0] == .5 and b.error_x.array[0] == 0
@@ -114,7 +125,9 @@ def test_figures_dot_interval():
     assert plain.layout.xaxis.type is None and not plain.layout.shapes and plain.layout.showlegend is False
 
 
-@pytest.mark.parametrize("f", [neurons_per_layer, overlap_heatmap, ratio_matrix, ratio_matrices, lambda d: dot_interval(d, "x", "low", "high", "y")])
+@pytest.mark.parametrize(
+    "f", [neurons_per_layer, overlap_heatmap, ratio_matrix, ratio_matrices, lambda d: dot_interval(d, "x", "low", "high", "y")]
+)
 def test_figures_missing_columns_are_named(f):
     with pytest.raises(ValueError, match="the table lacks .*has \\['other'(, 'method'|, '_one')?\\]"): f(pd.DataFrame(dict(other=[1])))
 
@@ -155,24 +168,24 @@ def test_figures_html_is_self_contained_and_repeatable():
 
 def test_figures_save_without_a_renderer_goes_on(tmp_path, monkeypatch, caplog):
     def no_chrome(*args): raise RuntimeError("\nKaleido requires Google Chrome to be installed.\nmore")
-    monkeypatch.setattr(figures, "_render", no_chrome)
+    monkeypatch.setattr(look, "_render", no_chrome)
     with caplog.at_level(logging.INFO): assert save_figures({"a": go.Figure()}, tmp_path) == []
     assert "Kaleido requires" in caplog.text and "more" not in caplog.text and list(tmp_path.iterdir()) == []
 
 
 def fake_render(figs, width, folder):
-    for path in figs: (figures.Path(folder)/path.name).write_bytes(b"picture")
+    for path in figs: (look.Path(folder)/path.name).write_bytes(b"picture")
 
 
 def test_figures_save_writes_every_format(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "_render", fake_render)
+    monkeypatch.setattr(look, "_render", fake_render)
     files = save_figures({"a": go.Figure(), "b": go.Figure()}, tmp_path/"figures")
     assert sorted(p.name for p in files) == ["a.png", "a.svg", "b.png", "b.svg"] and all(p.read_bytes() == b"picture" for p in files)
     assert save_figures({}, tmp_path) == []
 
 
 def test_figures_save_full_disk_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "_render", fake_render)
+    monkeypatch.setattr(look, "_render", fake_render)
     (tmp_path/"file").write_text("")
     with pytest.raises(ArtifactError, match="cannot write"): save_figures({"a": go.Figure()}, tmp_path/"file"/"figures")
 

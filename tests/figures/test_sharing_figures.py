@@ -37,20 +37,31 @@ def test_sharing_figures_category_shares_without_tasks_and_layers_out_of_order()
 
 
 def test_sharing_figures_category_contribution_averages_languages():
-    df = pd.concat([share_table().assign(lang=l, neurons=lambda d: d.share, top=t, sum=lambda d: d.share) for l, t in (("en", .2), ("de", .4))])
-    assert np.allclose(category_contribution_figure(df).data[4].y, .3)
-    assert np.allclose(category_contribution_figure(df, "de").data[4].y, .4)
-    with pytest.raises(ValueError, match="no language 'fr' in this table; it has en, de"): category_contribution_figure(df, "fr")
+    df = pd.concat(
+        [share_table().assign(lang=l, neurons=lambda d: d.share, top=t, sum=lambda d: d.share) for l, t in (("en", 0.2), ("de", 0.4))]
+    )
+    assert np.allclose(category_contribution_figure(df).data[4].y, 0.3)
+    assert np.allclose(category_contribution_figure(df, "de").data[4].y, 0.4)
+    with pytest.raises(ValueError, match="no language 'fr' in this table; it has en, de"):
+        category_contribution_figure(df, "fr")
 
 
 def effect_rows(**own_over_others):
     nothing = dict.fromkeys([f"{g}{e}" for g in ("own", "others") for e in ("", "_low", "_high")], NAN)
-    return pd.DataFrame([nothing | dict(intervention=i, measure=m, selectivity=s, own=s, own_low=s, own_high=s, others=1., others_low=1., others_high=1.)
-                         for i, ms in own_over_others.items() for m, s in ms.items()])
+    return pd.DataFrame(
+        [
+            nothing
+            | dict(intervention=i, measure=m, selectivity=s, own=s, own_low=s, own_high=s, others=1.0, others_low=1.0, others_high=1.0)
+            for i, ms in own_over_others.items()
+            for m, s in ms.items()
+        ]
+    )
 
 
 def test_sharing_figures_selectivity_sorts_and_keeps_what_has_no_own_language():
-    df = effect_rows(a={"perplexity ratio": 1.}, b={"perplexity ratio": NAN, "LSS": NAN}, c={"perplexity ratio": 5., "LSS": 2.}, d={"LSS": 3.})
+    df = effect_rows(
+        a={"perplexity ratio": 1.0}, b={"perplexity ratio": NAN, "LSS": NAN}, c={"perplexity ratio": 5.0, "LSS": 2.0}, d={"LSS": 3.0}
+    )
     fig = selectivity(df)
     assert list(fig.layout.yaxis.ticktext) == ["c", "d", "a", "b"]
     own, others = fig.data[:2]

@@ -11,7 +11,7 @@ from langneuron_mi.recording.stats import ActivationStats
 from langneuron_mi.recording.groups import LEVELS
 from langneuron_mi.find.controls import random_neurons
 from langneuron_mi.find.identification import lambda_score, lape
-from langneuron_mi.find.rivals import activation_probability, average_precision, average_precisions, language_activated, plnd
+from langneuron_mi.find.methods import activation_probability, average_precision, average_precisions, language_activated, plnd
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.find.language_neurons import LanguageNeurons, set_overlap
 from langneuron_mi.recording.record import record

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from langneuron_mi.core.artifacts import save_artifact
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.find.language_neurons import LanguageNeurons
 from langneuron_mi.find.neurons import NeuronSet
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.find.identification import lape
 from langneuron_mi.find.language_neurons import LanguageNeurons
 

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from lens import lens_models
 
 from langneuron_mi.recording.stats import ActivationStats, text_file
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.recording.groups import LEVELS, N_BINS, Layer, Seen, _edges, bins, groups, quantiles
 from langneuron_mi.models.loading import load_model

@@ -3,7 +3,7 @@ import pytest
 import torch
 from lens import lens_models
 
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.models.attention import attend
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view

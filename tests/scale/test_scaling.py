@@ -18,7 +18,7 @@ from lens import lens_models
 
 import langneuron_mi.scale.ray as scaling
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.core.engine import Session
 from langneuron_mi.core.storage import mirrored
 from langneuron_mi.cli import main

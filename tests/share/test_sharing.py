@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lens import lens_models
 from plain import ARCHS, PROMPTS, brute, llama, words
 
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.recording.record import record

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters import FAST, loaded, rows, same_adapter, some
-from langneuron_mi.core.files import ArtifactError
+from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.models.view import view
 from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.tuning.neuron_lora import TuneConfig, TuningError

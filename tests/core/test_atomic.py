@@ -8,7 +8,7 @@ import pytest
 import torch
 from anything import python
 
-from langneuron_mi.core.files import ArtifactError, atomic_write, load_json, save_json
+from langneuron_mi.core.atomic import ArtifactError, atomic_write, load_json, save_json
 from langneuron_mi.core.artifacts import save_artifact
 
 
@@ -20,7 +20,7 @@ def test_files_atomic_crash_keeps_the_old_file(tmp_path):
     target.write_bytes(b"old")
     crash = python("""
 import os, sys
-from langneuron_mi.core.files import atomic_write
+from langneuron_mi.core.atomic import atomic_write
 with atomic_write(sys.argv[1]) as tmp:
     tmp.write_bytes(b'half')
     os._exit(9)""", target)
@@ -54,7 +54,7 @@ def test_files_atomic_real_write_error(tmp_path):
     old = target.read_bytes()
     code = """
 import resource, signal, sys, torch
-from langneuron_mi.core.files import ArtifactError, atomic_write
+from langneuron_mi.core.atomic import ArtifactError, atomic_write
 from langneuron_mi.core.artifacts import save_artifact
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
