@@ -14,11 +14,6 @@ from langneuron_mi.find.language_neurons import LanguageNeurons
 from langneuron_mi.testing.planted import planted_model
 
 
-def run(*args):
-    return subprocess.run([sys.executable, "-c", "import sys; from langneuron_mi.cli import main; sys.exit(main())", *args],
-                          capture_output=True, text=True)
-
-
 def test_cli_help_imports_nothing_heavy():
     heavy = {"torch", "transformers", "transformer_lens", "pandas", "plotly"}
     code = f"import sys; from langneuron_mi.cli import main; main(['--help']); print(sorted({heavy} & set(sys.modules)))"
@@ -29,11 +24,11 @@ def test_cli_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", list(commands))
-def test_cli_every_command_has_help_and_refuses_unknown_options(name):
-    out = run(name, "--help")
-    assert out.returncode == 0 and "usage: langneuron" in out.stdout
-    bad = run(name, "--no-such-option", "1")
-    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1
+def test_cli_every_command_has_help_and_refuses_unknown_options(name, capsys):
+    with pytest.raises(SystemExit) as end: main([name, "--help"])
+    assert not end.value.code and "usage: langneuron" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end: main([name, "--no-such-option", "1"])
+    assert end.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("argv, words", [
