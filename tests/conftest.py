@@ -44,3 +44,11 @@ def tiny():
     "`tiny(arch, **config)` makes a fresh random model and its tokenizer."
     from langneuron_mi.testing.tiny import tiny_model
     return tiny_model
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Tests that start a Ray cluster need processes of their own: slow, but for the two that compare bits."
+    for item in items:
+        if item.path.name == "test_scaling.py" and "cluster" in item.fixturenames and "same_bits" not in item.name:
+            item.add_marker(pytest.mark.slow)
