@@ -139,6 +139,7 @@ def perplexity(
     controls: int = 1, # random sets, of equal size per layer, for each language
 ):
     "Ablate each language's neurons and measure the perplexity of every language's held-out text"
+    if controls < 0: raise ValueError(f"--controls {controls}: give a number of random sets, 0 or more")
     from langneuron_mi.find.language_neurons import LanguageNeurons
     found = LanguageNeurons.load(neurons)
     langs = _langs(langs) if langs else list(found)

@@ -41,6 +41,7 @@ def test_cli_every_command_has_help_and_refuses_unknown_options(name, capsys):
     (["record", "gemma-3-270m", "/no/such/folder", "en,de", "x"], "/no/such/folder"),
     (["identify", "/no/such/file", "x.safetensors"], "/no/such/file"),
     (["perplexity", "m", "/no/such/neurons", "bible", "x.csv"], "/no/such/neurons"),
+    (["perplexity", "m", "n", "bible", "x.csv", "--controls=-1"], "--controls -1: give a number of random sets, 0 or more"),
     (["compare", "/no/such.toml"], "no experiment file /no/such.toml; give a TOML file"),
     (["record", "./no_model", "bible", "en", "x", "--batch-size", "0"], "batch_size=0: give 1 or more windows"),
     (["record", "./no_model", "bible", "en", "x", "--shard-size", "0"], "shard_size=0: give 1 or more windows"),
