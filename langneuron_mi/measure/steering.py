@@ -17,7 +17,7 @@ import torch
 
 from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Session, Work, open_session
-from ..core.settings import takes
+from ..core.settings import check_at_least, takes
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..recording.stats import ActivationStats
@@ -164,6 +164,8 @@ class Steered:
     positions: str = "all" # which tokens are edited: all, prompt, generated (the answer) or last
     text_tokens: int = 500 # of held-out text per language, for the cost
     batch_size: int = 64 # prompts per forward pass
+
+    def __post_init__(self): check_at_least(self, controls=0)
 
     @property
     def kinds(self) -> list[str]: return ["own", *[f"random {self.seed + i}" for i in range(self.controls)]]

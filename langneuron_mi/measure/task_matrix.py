@@ -19,7 +19,7 @@ from plotly.subplots import make_subplots
 
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Run, open_session
-from ..core.settings import takes
+from ..core.settings import check_at_least, takes
 from ..figures.look import TEMPLATE, _grid, _narrow, _unique, lang_name
 from ..figures.effect_figures import _cell, _colours, _frame, _matrix_axes, _stacked
 from ..change.interventions import Intervention, ablate
@@ -221,6 +221,8 @@ class Edits:
     stats: object = None # recording that p_max and the like need
     controls: int = 1 # random sets for each language, as many neurons in each layer
     seed: int = 0 # of the random sets
+
+    def __post_init__(self): check_at_least(self, controls=0)
 
     def rows(self, neurons: Mapping) -> dict[tuple[str, str], Intervention]:
         "The interventions of all languages that have neurons; interventions are taken as they are."

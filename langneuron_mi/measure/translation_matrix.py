@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.fingerprints import provenance
 from ..core.engine import Run, open_session
-from ..core.settings import takes
+from ..core.settings import check_at_least, takes
 from ..text.corpus import _codes
 from ..models.view import view
 from .steering import _set
@@ -35,6 +35,8 @@ class Sets:
     others: object = "next" # "next" target's, "all", languages, or None
     controls: int = 1 # random sets for each target, as many neurons in each layer
     seed: int = 0 # of the random sets
+
+    def __post_init__(self): check_at_least(self, controls=0)
 
 def _others(target: str, tgts: Sequence[str], have: Sequence[str], others) -> list[str]:
     "The languages whose sets a target is also translated under."

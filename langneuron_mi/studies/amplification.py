@@ -30,8 +30,8 @@ from ..models.view import view
 from ..recording.record import record
 from ..recording.stats import ActivationStats
 from ..show.page import html_table, study_page, write_study
-from .study import (METHODS, as_codes, check_at_least, check_method, fields_and_models, parameters, study_from,
-                                         variant)
+from .study import METHODS, as_codes, check_method, fields_and_models, parameters, study_from, variant
+from ..core.settings import check_at_least
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..text.languages import language

@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 
 from ..core.settings import from_mapping
-from .study import as_codes, check_at_least, check_method
+from .study import as_codes, check_method
+from ..core.settings import check_at_least
 from ..text.languages import language
 from ..tuning.data import preset
 from ..tuning.neuron_lora import TuneConfig

@@ -21,7 +21,7 @@ from ..change.interventions import Intervention, set_to
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Work, open_session
-from ..core.settings import takes
+from ..core.settings import check_at_least, takes
 from ..core.statistics import paired_difference
 from ..find.neurons import NeuronSet
 from ..models.hooked import ModelView
@@ -105,6 +105,7 @@ class Trial:
     seed: int = 0 # of random sets and text
 
     def __post_init__(self):
+        check_at_least(self, controls=0)
         object.__setattr__(self, "values", tuple(self.values))
         for name in self.values: TokenValues(torch.zeros(1, 1), torch.zeros(1, 1)).value(name)
 

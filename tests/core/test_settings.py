@@ -76,3 +76,11 @@ def test_a_word_that_fits_nothing_says_what_would():
     with pytest.raises(ValueError, match="--length is 'x'; give int"): parse("x", int, "--length")
 
 
+def test_settings_no_number_of_controls_is_negative():
+    from langneuron_mi.measure.steering import Steered
+    from langneuron_mi.measure.task_matrix import Edits
+    from langneuron_mi.measure.translation_matrix import Sets
+    from langneuron_mi.tuning.test_time import Trial
+    for cls in (Steered, Edits, Sets, Trial):
+        assert cls(controls=0).controls == 0
+        with pytest.raises(ValueError, match="controls must be 0 or more, got -1"): cls(controls=-1)
