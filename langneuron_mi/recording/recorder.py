@@ -47,7 +47,8 @@ def shards(windows: TokenWindows, # packed text
 def one_language(windows: TokenWindows, lang: str) -> TokenWindows:
     "The windows of one language, ready to travel: in memory, without the sketches."
     only = dict(langs=(lang,), streams={lang: np.asarray(windows.streams[lang])}, starts={lang: windows.starts[lang]}, sketches={})
-    return replace(windows, **only, whole={lang: windows.whole[lang]})
+    counted = None if windows.counted is None else {lang: windows.counted[lang]}
+    return replace(windows, **only, whole={lang: windows.whole[lang]}, counted=counted)
 
 # %% ../../nbs/recording/02_recorder.ipynb #5257dac4
 def _sent(x: Tensor | None, device: torch.device) -> Tensor | None:
@@ -172,17 +173,13 @@ def hooks(self: _Pass) -> list: # (layer, kind, function)
 @patch
 def _batches(self: Recorder, windows: TokenWindows, shard: Shard, texts: slice) -> Iterator[_Batch]:
     "The forward passes of a shard."
-    skip = int(windows.bos_token_id is not None)
     for i in range(shard.start, shard.stop, self.batch_size):
         for ids in windows.batches(shard.lang, i, min(i + self.batch_size, shard.stop)):
-            a, b = windows.span(shard.lang, i, i + len(ids))
+            (a, b), rows = windows.span(shard.lang, i, i + len(ids)), windows.rows(shard.lang, i, ids)
             i += len(ids)
             kept, span = self._text_rows(windows, shard.lang, a, b, texts)
-            real = ids >= 0
-            if bool(real.all()): yield _Batch(ids, b - a, texts=kept, span=span)
-            else:
-                rows = (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0]
-                yield _Batch(ids.clamp_min(0), b - a, real.long(), rows, kept, span)
+            if rows is None: yield _Batch(ids, b - a, texts=kept, span=span)
+            else: yield _Batch(ids.clamp_min(0), b - a, (ids >= 0).long(), rows, kept, span)
 
 def _text_at(windows: TokenWindows, lang: str, positions: np.ndarray) -> np.ndarray:
     "Which text each position of the stream belongs to."
