@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_roles']
 
-# %% ../../nbs/text/08_roles.ipynb #5f6edf1b
+# %% ../../nbs/text/08_roles.ipynb #8c051b1d
 import hashlib
 import math
 import warnings
@@ -20,7 +20,7 @@ from .corpus import Corpus, CorpusError, digest
 from .sketches import add_to_sketch
 from .windows import Packing, TokenWindows, _asked, _in_order, tokenizer_fingerprint
 
-# %% ../../nbs/text/08_roles.ipynb #f673ade5
+# %% ../../nbs/text/08_roles.ipynb #5845c525
 @dataclass
 class _Turns:
     "The conversations of a language, as they are gathered."
@@ -40,7 +40,7 @@ class _Turns:
         "The next conversation, and which of its tokens count."
         self.n_cut += len(ids) > self.longest
         at = counts[:self.longest].nonzero()[0]
-        if len(at) > self.limit - self.n: ids, at = ids[:at[self.limit - self.n]], at[:self.limit - self.n]
+        if (left := self.limit - self.n) < len(at): ids, at = ids[:at[left - 1] + 1], at[:left]
         else: self.whole += 1
         self.ids.append(ids[:self.longest])
         self.counted.append(at + self.length)
@@ -60,7 +60,7 @@ def _gather(talks: Iterable[Talk], tokenizer, roles: tuple[str, ...], turns: _Tu
         turns.add(ids, counts)
         yield [m["content"] for m in t.messages if m["role"] in roles]
 
-# %% ../../nbs/text/08_roles.ipynb #c6319116
+# %% ../../nbs/text/08_roles.ipynb #5e120c3f
 def _check_turns(lang: str, turns: _Turns, roles: tuple[str, ...], asked: int | None) -> None:
     "There must be as many tokens as asked for; a warning points at the caller of `pack_roles`."
     who = " and ".join(roles)
