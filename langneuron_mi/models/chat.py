@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prompt', 'Turn', 'turn', 'Asking']
 
-# %% ../../nbs/models/10_chat.ipynb #bc1ef794
+# %% ../../nbs/models/10_chat.ipynb #4290ebf9
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..core.fingerprints import fingerprint
 from .hooked import ModelView
 from ..text.conversations import ChatError, located, tokenised, touching
 
-# %% ../../nbs/models/10_chat.ipynb #44481419
+# %% ../../nbs/models/10_chat.ipynb #236abf9f
 class Turn(NamedTuple):
     "A prompt as a chat template writes it, to where the answer starts."
     text: str # special tokens included
@@ -45,7 +45,7 @@ def turn(tokenizer, # of transformers, with a chat template
     text, spans = located(tokenizer, messages, answer=True)
     return Turn(text, *spans[-1], *_around_answer(tokenizer, messages, text))
 
-# %% ../../nbs/models/10_chat.ipynb #99a31fb0
+# %% ../../nbs/models/10_chat.ipynb #90562084
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     "How a prompt is put to the model."
@@ -68,7 +68,7 @@ class Asking:
         "What provenance says of it."
         return dict(chat=dict(system=self.system, template=fingerprint(v.tokenizer.get_chat_template()))) if self.chat else {}
 
-# %% ../../nbs/models/10_chat.ipynb #dd04b53c
+# %% ../../nbs/models/10_chat.ipynb #6b1f478f
 @patch
 def _ids(self: ModelView, text: str) -> list[int]: return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -88,7 +88,7 @@ def own_tokens(self: ModelView,
     if not isinstance(prompt, Turn): return [i > 0 or self.bos_token_id is None for i in range(len(self.prompt_ids(prompt)))]
     return touching(self.tokenizer, *tokenised(self.tokenizer, prompt.text), [(prompt.start, prompt.stop)]).tolist()
 
-# %% ../../nbs/models/10_chat.ipynb #1b79895b
+# %% ../../nbs/models/10_chat.ipynb #c01b02c3
 @patch
 def answer_ids(self: ModelView,
                prompt: Turn,
@@ -106,3 +106,9 @@ def end_ids(self: ModelView,
     "Special tokens that the template writes behind an answer: there the model has said what it has to say."
     ends = {self._ids(p.end)[0] for p in prompts if isinstance(p, Turn) and p.end}
     return sorted(ends & {*self.tokenizer.added_tokens_decoder})
+
+@patch
+def ends_of_turn(self: ModelView) -> list[int]: # none without a template
+    "The same, whatever was asked."
+    try: return self.end_ids([turn(self.tokenizer, "?")])
+    except ChatError: return []

@@ -97,9 +97,10 @@ def continue_ids(self: ModelView,
     return [self._continue_row(r[m.bool()][None], use_cache, **options) for r, m in zip(ids, mask)]
 
 @patch
-def _stops(self: ModelView, prompts: list[Prompt]) -> dict:
-    "Where an answer ends, beside the model's own ends of text."
-    if not (ends := self.end_ids(prompts)): return {}
+def stops_at(self: ModelView, ends: list[int] # special tokens behind an answer
+            ) -> dict: # options of `continue_ids`
+    "Where a text ends, beside the model's own ends of text."
+    if not ends: return {}
     own = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None) if self.is_bridge else self.tokenizer.eos_token_id
     return dict(eos_token_id=[*dict.fromkeys([*([own] if isinstance(own, int) else own or []), *ends])])
 
@@ -116,6 +117,6 @@ def generate(self: ModelView,
     if kwargs and not self.is_bridge:
         raise ModelError(f"a HookedTransformer does not take the generation options {sorted(kwargs)}; "
                          "load the model as a TransformerBridge")
-    options = dict(max_new_tokens=max_new_tokens, do_sample=do_sample) | self._stops(listed(prompts)) | kwargs
+    options = dict(max_new_tokens=max_new_tokens, do_sample=do_sample) | self.stops_at(self.end_ids(listed(prompts))) | kwargs
     torch.manual_seed(seed)
     return self.continue_ids(*self.encode(prompts), use_cache=use_cache, **options)

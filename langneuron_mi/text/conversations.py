@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ChatError', 'Talk', 'talk', 'is_talk', 'written', 'located', 'tokenised', 'touching', 'role_tokens']
 
-# %% ../../nbs/text/07_conversations.ipynb #01779f3c
+# %% ../../nbs/text/07_conversations.ipynb #f123ce83
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
 
-# %% ../../nbs/text/07_conversations.ipynb #d9001db5
+# %% ../../nbs/text/07_conversations.ipynb #2c7f239e
 class ChatError(ValueError):
     "A conversation that cannot be written by a chat template, or not found again in what it writes; the message says what to do next."
 
@@ -43,11 +43,11 @@ def is_talk(x: object) -> bool:
     "Is this a list of messages?"
     return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(m, Mapping) and "role" in m for m in x)
 
-# %% ../../nbs/text/07_conversations.ipynb #d9aae0d1
+# %% ../../nbs/text/07_conversations.ipynb #b0319cb5
 def _name(tokenizer) -> str: return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
 
-def _written(tokenizer, messages: Sequence[Mapping], answer: bool) -> str:
-    return tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=answer)
+def _written(tokenizer, messages: Sequence[Mapping], answer: bool, unfinished: bool = False) -> str:
+    return tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=answer, continue_final_message=unfinished)
 
 def _refused(tokenizer, messages: Sequence[Mapping], answer: bool, said: Exception) -> ChatError:
     "What to say of a conversation that a template does not write."
@@ -65,15 +65,16 @@ def _refused(tokenizer, messages: Sequence[Mapping], answer: bool, said: Excepti
 def written(tokenizer, # of transformers, with a chat template
             messages: Sequence[Mapping], # each with role and content
             answer: bool = False, # end with what the template writes before an answer?
+            unfinished: bool = False, # end inside the last message, which is to be continued?
            ) -> str: # special tokens included
     "A conversation as the tokenizer's own template writes it."
     if not getattr(tokenizer, "chat_template", None):
         raise ChatError(f"the tokenizer of {_name(tokenizer)} has no chat template: it is a base model's; leave chat and roles out, "
                         "load an instruction-tuned model, or set tokenizer.chat_template")
-    try: return _written(tokenizer, messages, answer)
+    try: return _written(tokenizer, messages, answer, unfinished)
     except (jinja2.TemplateError, ValueError) as e: raise _refused(tokenizer, messages, answer, e) from e
 
-# %% ../../nbs/text/07_conversations.ipynb #5a3ed92e
+# %% ../../nbs/text/07_conversations.ipynb #21b02db6
 _EDGE = "\u2003"
 
 def _mark(i: int) -> str: return f"langneuron{i}mark"
@@ -111,7 +112,7 @@ def located(tokenizer, # of transformers, with a chat template
                         f"again: {text[:200]!r} …; leave the conversation out, or set a template that writes contents as they are")
     return text, spans
 
-# %% ../../nbs/text/07_conversations.ipynb #8c9b9945
+# %% ../../nbs/text/07_conversations.ipynb #4202acf7
 def tokenised(tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]: # int64 [token], [token, 2]
     "Ids of what a template has written, and the characters that each stands for."
     if not getattr(tokenizer, "is_fast", False):
