@@ -119,7 +119,9 @@ def max_gen_toks(self: LangNeuronLM) -> int: return 256
 def device(self: LangNeuronLM): return self.view.device
 
 @patch(as_prop=True)
-def tokenizer_name(self: LangNeuronLM) -> str: return self.view.model_id.replace("/", "__")
+def tokenizer_name(self: LangNeuronLM) -> str:
+    name, template = self.view.model_id.replace("/", "__"), getattr(self.tokenizer, "chat_template", None)
+    return f"{name}-{fingerprint(template)}" if template else name # lm-eval keeps what a template has written under this name
 
 def _max_length(v: ModelView) -> int:
     "The context length, as lm-eval finds it."

@@ -115,7 +115,7 @@ def _run_task(lm: LangNeuronLM, name: str, task, items: Items) -> tuple[list[dic
         found = lm_evaluate(lm, {"tasks": {name: task}}, limit=items.limit, bootstrap_iters=0, log_samples=True,
                             apply_chat_template=items.chat, system_instruction=items.system)
     if gone := lm.left_out - without:
-        warnings.warn(f"{name}: the model's chat template takes no system message, so the task's description is left out of {gone} prompts, "
+        warnings.warn(f"{name}: the chat template takes no system message, so the task's description is left out of {gone} prompts, "
                       "as lm-eval does", stacklevel=6)
     if cut := lm.truncated - before:
         warnings.warn(f"{name}: {cut} requests are longer than the context of {lm.max_length} tokens and were cut from the left, "

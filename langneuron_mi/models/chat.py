@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prompt', 'Turn', 'turn', 'Asking']
 
-# %% ../../nbs/models/10_chat.ipynb #4290ebf9
+# %% ../../nbs/models/10_chat.ipynb #f0eaecc8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ..core.fingerprints import fingerprint
 from .hooked import ModelView
 from ..text.conversations import ChatError, located, tokenised, touching
 
-# %% ../../nbs/models/10_chat.ipynb #236abf9f
+# %% ../../nbs/models/10_chat.ipynb #f05820c8
 class Turn(NamedTuple):
     "A prompt as a chat template writes it, to where the answer starts."
     text: str # special tokens included
@@ -45,12 +45,12 @@ def turn(tokenizer, # of transformers, with a chat template
     text, spans = located(tokenizer, messages, answer=True)
     return Turn(text, *spans[-1], *_around_answer(tokenizer, messages, text))
 
-# %% ../../nbs/models/10_chat.ipynb #90562084
+# %% ../../nbs/models/10_chat.ipynb #e683bd37
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     "How a prompt is put to the model."
-    chat: bool = False # as the user's message in the tokenizer's own chat template
-    system: str | None = None # the system message before it, with chat; none by default
+    chat: bool = False # put each prompt into the tokenizer's own chat template, as the user's message
+    system: str | None = None # with chat: the system message before it; None = there is none
 
     def __post_init__(self):
         if self.system is not None and not self.chat:
@@ -68,7 +68,7 @@ class Asking:
         "What provenance says of it."
         return dict(chat=dict(system=self.system, template=fingerprint(v.tokenizer.get_chat_template()))) if self.chat else {}
 
-# %% ../../nbs/models/10_chat.ipynb #6b1f478f
+# %% ../../nbs/models/10_chat.ipynb #aa848745
 @patch
 def _ids(self: ModelView, text: str) -> list[int]: return self.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -88,7 +88,7 @@ def own_tokens(self: ModelView,
     if not isinstance(prompt, Turn): return [i > 0 or self.bos_token_id is None for i in range(len(self.prompt_ids(prompt)))]
     return touching(self.tokenizer, *tokenised(self.tokenizer, prompt.text), [(prompt.start, prompt.stop)]).tolist()
 
-# %% ../../nbs/models/10_chat.ipynb #c01b02c3
+# %% ../../nbs/models/10_chat.ipynb #ac844117
 @patch
 def answer_ids(self: ModelView,
                prompt: Turn,

@@ -173,7 +173,8 @@ def _configured(session: Session, recording: Recording, corpus: Corpus, windows:
 # %% ../../nbs/recording/03_record.ipynb #766c8331
 def _windows(v: ModelView, corpus: Corpus, langs: Iterable[str] | None, r: Recording) -> TokenWindows:
     "The text as it is fed; of conversations, the template writes what stands before."
-    how = Packing(tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed, bos_token_id=None if r.roles else v.bos_token_id, layout=r.layout)
+    bos = None if r.roles else v.bos_token_id
+    how = Packing(tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed, bos_token_id=bos, layout=r.layout)
     if r.roles: return pack_roles(corpus, v.tokenizer, r.roles, langs=langs, packing=how)
     return pack(corpus, v.tokenizer, langs=langs, packing=how)
 
