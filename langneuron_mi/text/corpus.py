@@ -155,8 +155,9 @@ def _listed(lang: str, texts) -> list[str]:
 
 def _as_talk(where: str, messages) -> Talk:
     "A conversation of a corpus."
+    if not is_talk(messages): raise CorpusError(f"{where}: {str(messages)[:60]!r} is no conversation, but others are; give one kind")
     try: return talk(messages)
-    except (ChatError, TypeError) as e: raise CorpusError(f"{where}: {e}") from e
+    except ChatError as e: raise CorpusError(f"{where}: {e}") from e
 
 def _in_step(texts: dict[str, list[str]], ids: list[str] | None) -> tuple[dict[str, list[str]], list[str]]:
     "The rows in which no language is empty, and their ids."
