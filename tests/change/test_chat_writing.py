@@ -81,7 +81,8 @@ def test_chat_texts_are_kept_apart_from_plain_ones_and_say_how_they_were_asked(t
         assert kept[1].df.prompt.tolist()[:3] == PROMPTS  # the table holds what was asked, not what the template wrote
         assert "chat" not in kept[0].provenance and kept[2].provenance["chat"]["system"] == "Sei kurz."
         v.tokenizer.chat_template = BOS.replace("<|end|>", "<|end|>\n")
-        assert generate_texts(c.model, prompts, i, out=out, chat=True, **asked).df.text.tolist() != fresh[1]  # nor those of another template
+        other = generate_texts(c.model, prompts, i, out=out, chat=True, **asked)  # another template is other work
+        assert other.df.text.tolist() != fresh[1]
         v.tokenizer.chat_template = BOS
 
 
