@@ -39,7 +39,7 @@ class Recording:
     groups: tuple[str, ...] | str = ("counts", "moments") # names of what to keep, or "all"
     texts: int = 100 # of each language, for text_means and impact
     layout: str = "packed" # or "texts": every text read alone
-    roles: tuple[str, ...] = () # of conversations: whose words count, as in ("assistant",); with layout="texts"
+    roles: tuple[str, ...] | str = () # of conversations: whose words count, as in ("assistant",); with layout="texts"
     site: str = "gate" # "gate" or "post"
     length: int = 256 # positions per window, BOS included
     batch_size: int | str = 8 # windows per forward pass; "auto" measures a few

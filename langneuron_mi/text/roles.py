@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_roles']
 
-# %% ../../nbs/text/08_roles.ipynb #8c051b1d
+# %% ../../nbs/text/08_roles.ipynb #c35fd2b0
 import hashlib
 import math
 import warnings
@@ -20,7 +20,7 @@ from .corpus import Corpus, CorpusError, digest
 from .sketches import add_to_sketch
 from .windows import Packing, TokenWindows, _asked, _in_order, tokenizer_fingerprint
 
-# %% ../../nbs/text/08_roles.ipynb #5845c525
+# %% ../../nbs/text/08_roles.ipynb #eaf593df
 @dataclass
 class _Turns:
     "The conversations of a language, as they are gathered."
@@ -47,20 +47,20 @@ class _Turns:
         self.starts.append(self.length)
         self.n, self.length = self.n + len(at), self.length + len(self.ids[-1])
 
-def _gather(talks: Iterable[Talk], tokenizer, roles: tuple[str, ...], turns: _Turns) -> Iterator[list[str]]:
+def _gather(lang: str, talks: Iterable[Talk], tokenizer, roles: tuple[str, ...], turns: _Turns) -> Iterator[list[str]]:
     "Conversation by conversation up to the limit: what the asked roles say in each."
-    for i, t in enumerate(talks):
+    for t in talks:
         if turns.n >= turns.limit: return
-        if not isinstance(t, Talk): raise CorpusError(f"text {i} is no conversation, but the first one is; give one kind")
+        if not isinstance(t, Talk): raise CorpusError(f"{lang}: {t[:60]!r} is no conversation, but the first text is; give one kind")
         try: ids, counts = role_tokens(tokenizer, t.messages, roles)
-        except ChatError as e: raise CorpusError(f"conversation {i}: {e}") from e
+        except ChatError as e: raise CorpusError(f"{lang}: {e}") from e
         if not counts[:turns.longest].any():
             turns.n_without += 1
             continue
         turns.add(ids, counts)
         yield [m["content"] for m in t.messages if m["role"] in roles]
 
-# %% ../../nbs/text/08_roles.ipynb #5e120c3f
+# %% ../../nbs/text/08_roles.ipynb #5be36d7f
 def _check_turns(lang: str, turns: _Turns, roles: tuple[str, ...], asked: int | None) -> None:
     "There must be as many tokens as asked for; a warning points at the caller of `pack_roles`."
     who = " and ".join(roles)
@@ -94,7 +94,7 @@ def pack_roles(corpus: Corpus, # conversations by language
     for lang in corpus.langs:
         corpus.conversations(lang) # an error where they are none
         found[lang] = turns = _Turns(math.inf if asked[lang] is None else asked[lang], packing.length)
-        for said in _gather(_in_order(corpus, lang, packing.seed), tokenizer, roles, turns):
+        for said in _gather(lang, _in_order(corpus, lang, packing.seed), tokenizer, roles, turns):
             turns.sketch = add_to_sketch(turns.sketch, said)
         _check_turns(lang, turns, roles, asked[lang])
     streams = {l: np.concatenate(t.ids).astype(np.int32) for l, t in found.items()}
