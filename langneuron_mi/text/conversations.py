@@ -8,6 +8,7 @@ __all__ = ['ChatError', 'Talk', 'talk', 'is_talk', 'written', 'located', 'tokeni
 # %% ../../nbs/text/07_conversations.ipynb #f123ce83
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -44,7 +45,10 @@ def is_talk(x: object) -> bool:
     return isinstance(x, (list, tuple)) and len(x) > 0 and all(isinstance(m, Mapping) and "role" in m for m in x)
 
 # %% ../../nbs/text/07_conversations.ipynb #b0319cb5
-def _name(tokenizer) -> str: return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+def _name(tokenizer) -> str:
+    "What to call a tokenizer: a hub id, or the last part of a folder."
+    name = getattr(tokenizer, "name_or_path", "")
+    return repr(Path(name).name if Path(name).is_absolute() else name or type(tokenizer).__name__)
 
 def _written(tokenizer, messages: Sequence[Mapping], answer: bool, unfinished: bool = False) -> str:
     return tokenizer.apply_chat_template([*messages], tokenize=False, add_generation_prompt=answer, continue_final_message=unfinished)
