@@ -84,3 +84,30 @@ def test_settings_no_number_of_controls_is_negative():
     for cls in (Steered, Edits, Sets, Trial):
         assert cls(controls=0).controls == 0
         with pytest.raises(ValueError, match="controls must be 0 or more, got -1"): cls(controls=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    "How a model is asked."
+    chat: bool = False # in a template
+
+
+@dataclass(frozen=True)
+class Writing(Asking):
+    "How texts are written."
+    length: int = 9 # of a text
+
+
+@takes(run=Run, writing=Writing)
+def write(*, run: Run, writing: Writing): return writing
+
+
+@takes(writing=Writing)
+def write_alone(*, writing: Writing): return writing
+
+
+def test_chat_and_other_fields_that_settings_extend_keep_their_comments():
+    assert write(chat=True, length=3) == Writing(3, chat=True)
+    for f in (write, write_alone): assert docments(f)["chat"] == "in a template" and docments(f)["length"] == "of a text"
+    assert docments(write)["out"] == "folder" and docments(read)["out"] == "folder"
+    assert not {"__delwrap__"} & (vars(Writing).keys() | vars(Asking).keys() | vars(Run).keys())  # chains are a function's own
