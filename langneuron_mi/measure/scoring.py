@@ -94,7 +94,7 @@ def _alike(rows: list, length: Callable, pads: int) -> list[list]: # longest fir
 # %% ../../nbs/measure/00_scoring.ipynb #871068d3
 def _run_groups(v: ModelView, groups: list[tuple[int, list[Row]]]) -> _Points:
     "Hidden states at the scored positions of a batch: shared beginnings, then rests."
-    base, points = v.hf.base_model, _Points()
+    base, points = v.base, _Points()
     ids, mask = _pad([g[0].ids[:p] for p, g in groups], True, v.device)
     width = ids.shape[1]
     rests = [(i, r) for i, (p, g) in enumerate(groups) for r in g if len(r.ids) > p]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Routing', 'ExpertPoints', 'hook_experts']
 
-# %% ../../nbs/models/12_experts.ipynb #666ef93c
+# %% ../../nbs/models/12_experts.ipynb #80343b54
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from .hooked import ModelError
 from .parts import Experts, act_of
 
-# %% ../../nbs/models/12_experts.ipynb #e9c5821a
+# %% ../../nbs/models/12_experts.ipynb #b4cc9a0d
 @dataclass(frozen=True, eq=False)
 class Routing:
     "Where the rows of a hooked tensor come from."
@@ -29,7 +29,7 @@ class Routing:
     n_tokens: int # of the batch, pads included
     by_expert: bool # do the rows of an expert stand together, in the experts' order?
 
-# %% ../../nbs/models/12_experts.ipynb #c9173d84
+# %% ../../nbs/models/12_experts.ipynb #8858b66d
 class ExpertPoints(nn.Module):
     "The hook points of one layer's experts; tensors are [row, neuron], a row for each token and expert it goes to."
     def __init__(self, part: Experts, hf):
@@ -56,7 +56,7 @@ class ExpertPoints(nn.Module):
         own = self.own[which]
         return type(which).forward(which, *args, **kwargs) if own is None else own(*args, **kwargs)
 
-# %% ../../nbs/models/12_experts.ipynb #75a10a27
+# %% ../../nbs/models/12_experts.ipynb #8a4b3e6c
 def _split(module: nn.Module, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     "Gate and up of one product."
     if getattr(module, "is_concatenated", True): return gate_up.chunk(2, dim=-1)
@@ -96,7 +96,7 @@ def factor(self: ExpertPoints, up: Float[Tensor, "row neuron"]) -> Float[Tensor,
     one = torch.ones_like(up)
     return self._ask(one, up)/self._ask(one, self._unit(one))
 
-# %% ../../nbs/models/12_experts.ipynb #de8e07ec
+# %% ../../nbs/models/12_experts.ipynb #6c5d4929
 def _hits(index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]: # (position among the chosen, token) by expert
     "Which tokens go to each expert, in the order of transformers' loop."
     return [torch.where((index == e).T) for e in range(count)]
@@ -111,7 +111,7 @@ def _routing(kind: str, count: int, index: Tensor, weights: Tensor) -> Routing:
     else: at = torch.sort(index.reshape(-1))[1] # as grouped_mm sorts them
     return Routing(at//k, index.reshape(-1)[at], weights.reshape(-1)[at], n, kind != "batched_mm")
 
-# %% ../../nbs/models/12_experts.ipynb #04be0cd9
+# %% ../../nbs/models/12_experts.ipynb #e33b111b
 @patch
 def _gate(self: ExpertPoints, compute: Callable, # the model's own
           gate_up: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def _loop(self: ExpertPoints, x: Tensor, index: Tensor, weights: Tensor, gate: C
         out.index_add_(0, token, (y*weights[token, k, None]).to(out.dtype))
     return out
 
-# %% ../../nbs/models/12_experts.ipynb #1e3d61aa
+# %% ../../nbs/models/12_experts.ipynb #fffeba67
 def _instead(module: nn.Module, name: str, fn: Callable, run: Callable) -> Tensor:
     "Run with a method of the module replaced."
     module.__dict__[name] = fn
@@ -168,7 +168,7 @@ def _run(self: ExpertPoints, *args, **kwargs) -> Tensor:
         return _instead(self.module, name, gate, lambda: ALL_EXPERTS_FUNCTIONS[kind](self.module, x, index, weights))
     finally: self.routing = None
 
-# %% ../../nbs/models/12_experts.ipynb #977b0b13
+# %% ../../nbs/models/12_experts.ipynb #8fc57da0
 @patch
 def _run_all(self: ExpertPoints, hidden: Tensor) -> Tensor:
     "The forward of experts that all see every token."
@@ -192,7 +192,7 @@ def _through(point: HookPoint, x: Tensor, expert: Tensor, token: Tensor) -> Tens
     new = point(rows)
     return x if new is rows and not point._backward_hooks else x.index_put((expert, token), new)
 
-# %% ../../nbs/models/12_experts.ipynb #5f9b9160
+# %% ../../nbs/models/12_experts.ipynb #301afad9
 class _Logits(TorchFunctionMode):
     "Passes the router's logits through a function as soon as they are made."
     def __init__(self, count: int, fn: Callable):
@@ -220,7 +220,7 @@ def hook_experts(points: ExpertPoints) -> None:
     points.module.__dict__["forward"] = points._run
     points.part.router.__dict__["forward"] = points._route
 
-# %% ../../nbs/models/12_experts.ipynb #67f43e0c
+# %% ../../nbs/models/12_experts.ipynb #0934f2f1
 @patch(as_prop=True)
 def corrections(self: ExpertPoints) -> list[Tensor]: # [expert] each
     "What the router adds to its scores before it chooses."

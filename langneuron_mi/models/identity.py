@@ -41,13 +41,20 @@ def _weights_key(model: torch.nn.Module) -> tuple:
 _function = ("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
              "rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "layer_types",
              "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
-             "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+             "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "embedding_multiplier", "attention_multiplier",
+             "residual_multiplier", "logits_scaling", "num_experts_per_tok", "top_k_experts", "norm_topk_prob", "routed_scaling_factor",
+             "n_group", "topk_group", "swiglu_alpha", "swiglu_limit", "num_kv_shared_layers")
+
+def _told(cfg, name: str):
+    "A field of a config, or None; some differ by layer and may not be asked globally (Gemma 4)."
+    try: return getattr(cfg, name, None)
+    except Exception: return None
 
 def _config_facts(v: ModelView) -> list:
     "What decides the model's function beside its weights."
     cfg = v.hf.config if v.hf is not None and hasattr(v.hf, "config") else v.cfg
-    acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(l) for l in range(v.n_layers))]
-    return [{k: str(getattr(cfg, k)) for k in _function if getattr(cfg, k, None) is not None}, acts]
+    acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(*at) for at in v.parts)]
+    return [{k: str(x) for k in _function if (x := _told(cfg, k)) is not None}, acts]
 
 def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
     "Name, shape and checksums of every weight."
@@ -66,7 +73,7 @@ def fingerprint(self: ModelView) -> str: # 16 hex digits
     if self._settled: return self._fingerprint[1]
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
-        facts = [self.n_layers, self.d_mlp, _config_facts(self), _weight_facts(self.hf or self.model)]
+        facts = [self.n_layers, self.d_mlp, _config_facts(self), _weight_facts(self.hf if self.hf is not None else self.model)]
         self._fingerprint = key, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 
@@ -91,4 +98,5 @@ def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."
     return dict(model_id=self.model_id, model=self.fingerprint, tokenizer=self.tokenizer_fingerprint, n_layers=self.n_layers,
                 d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__,
+                **({} if self.layout.dense else dict(layout=self.layout.to_json())),
                 **({} if self.attention == "eager" else dict(attention=self.attention)))

@@ -8,7 +8,9 @@ __all__ = ['load_model']
 # %% ../../nbs/models/09_loading.ipynb #6a7a7a51
 import copy
 import importlib.util
+import logging
 import warnings
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,6 +19,8 @@ import torch
 from .attention import attend
 from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
+from .parts import anatomy
+from .plain import HookedHF
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
@@ -35,6 +39,45 @@ def _bridge(hf, tokenizer, name: str):
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
                              "TransformerBridge that you made yourself is accepted as it is") from e
 
+@contextmanager
+def _as_before(hf: torch.nn.Module):
+    "A block that may fail half-way: the model's modules, methods and attention are as before then."
+    def copied(x): return x.copy() if isinstance(x, dict) else x
+    kept = [(m, {k: copied(x) for k, x in m.__dict__.items()}) for m in hf.modules()]
+    attention = getattr(hf.config, "_attn_implementation", None)
+    try: yield
+    except Exception:
+        for m, fields in kept:
+            m.__dict__.clear()
+            m.__dict__.update(fields)
+        hf.config._attn_implementation = attention
+        raise
+
+@torch.no_grad()
+def _few_logits(hf) -> torch.Tensor: # float32 [8, d_vocab]
+    "Logits of eight tokens."
+    return hf.eval()((torch.arange(8)[None] + 1).to(next(p.device for p in hf.parameters() if p.device.type != "meta"))).logits[0].float()
+
+def _check_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    "A bridge computes what the model computes."
+    off = float((got - want).abs().max()/want.abs().max().clamp_min(1e-6))
+    if not off < .03: raise ModelError(f"behind the bridge its logits differ by {off:.2g} of the largest")
+
+def _hooked(hf, tokenizer, name: str):
+    "TransformerLens's bridge where it can read the model's neurons, its hook points on the plain model otherwise."
+    bridges = anatomy(hf).layout
+    try:
+        if not bridges.dense: raise ModelError(f"its layers are {bridges}")
+        want = _few_logits(hf)
+        with _as_before(hf):
+            model = _bridge(hf, tokenizer, name)
+            _check_same(_few_logits(hf), want)
+            view(model).check()
+            return model
+    except (ModelError, AttributeError, TypeError, RuntimeError, IndexError) as e:
+        logging.getLogger(__name__).info("%s goes without TransformerLens's bridge, with its hook points on the plain model: %s", name, str(e).splitlines()[0][:300])
+    return HookedHF(hf.eval(), tokenizer)
+
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
     "A model object, wrapped where it is not yet."
     if _is_lens(model):
@@ -43,7 +86,7 @@ def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's ob
         return model, view(model).model_id # a model that was loaded here keeps its name
     if tokenizer is None: raise ModelError(f"a {type(model).__name__} object comes without its tokenizer; pass tokenizer=")
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return _bridge(model, tokenizer, name), name
+    return _hooked(model, tokenizer, name), name
 
 # %% ../../nbs/models/09_loading.ipynb #84732d56
 def _no_model(source: str, said: Exception) -> ModelError:
@@ -55,7 +98,7 @@ def _no_model(source: str, said: Exception) -> ModelError:
 
 def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
@@ -65,7 +108,9 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
         raise ModelError(f"no folder {source}; give a folder with config.json, a bundled name ({', '.join(_bundled)}) or a hub id")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)
+        seq2seq = getattr(AutoConfig.from_pretrained(source, **common), "is_encoder_decoder", False)
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        hf = auto.from_pretrained(source, dtype=dtype, **common, **kwargs)
     except (OSError, ValueError) as e: raise _no_model(source, e) from e
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
@@ -76,7 +121,7 @@ def _loaded(source: str, revision, tokenizer, dtype, device, trust_remote_code, 
     if source in _bundled: name, folder = _bundled[source]["id"], str(bundled_folder(source))
     hf, tokenizer = _from_pretrained(folder, revision, tokenizer, dtype, device, trust_remote_code, **kwargs)
     commit = getattr(hf.config, "_commit_hash", None)
-    model = _bridge(hf, tokenizer, folder)
+    model = _hooked(hf, tokenizer, folder)
     return model, f"{name}@{commit or revision}" if commit or revision else name
 
 # %% ../../nbs/models/09_loading.ipynb #d4e0ad49
