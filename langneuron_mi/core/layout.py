@@ -135,7 +135,7 @@ def place(self: Layout,
 def check(self: Layout, layer: int, neuron: int) -> None:
     "Refuse a neuron that does not exist."
     if not 0 <= layer < self.n_layers:
-        raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}")
+        raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}, neurons 0 to {self.width - 1}")
     if not 0 <= neuron < self.widths[layer]:
         there = f"0 to {self.widths[layer] - 1}" if self.widths[layer] else "none in this layer"
         raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}, neurons {there}")

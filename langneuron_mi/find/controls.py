@@ -13,8 +13,8 @@ import torch
 
 from .language_neurons import LanguageNeurons
 from .neurons import NeuronSet,_same
-from .rates import _counts,_kth_rates,_rates
-from .selection import _none
+from .rates import _kth_rates,rates_of
+from .selection import _from_mask,_none
 
 # %% ../../nbs/find/07_controls.ipynb #ff774219
 def _eligible(source, like:LanguageNeurons) -> NeuronSet:
@@ -22,11 +22,11 @@ def _eligible(source, like:LanguageNeurons) -> NeuronSet:
     if isinstance(source, LanguageNeurons):
         if source.score is None or "threshold" not in source.parameters:
             raise ValueError(f"the method {source.method!r} kept no activity filter; give the statistics as the first argument")
-        return NeuronSet.from_mask(~source.score.isnan(), source.site, source.model)
-    counts,tokens = _counts(source)
-    threshold, = _kth_rates(counts, tokens, like.parameters.get("filter", .95))
-    active = [_rates(counts[:,l], tokens).max(0)>threshold for l in range(counts.shape[1])]
-    return _none(source) | NeuronSet.from_mask(torch.from_numpy(np.stack(active)), source.site)
+        return NeuronSet.from_mask(~source.score.isnan(), source.site, source.model, source.layout)
+    rates = rates_of(source, like.parameters.get("given", "tokens"))
+    threshold, = _kth_rates(rates, like.parameters.get("filter", .95))
+    active = [rates.whole(l, rates.of(l).max(0, initial=0.)>threshold, False) for l in range(rates.shape[0])]
+    return _from_mask(source, torch.from_numpy(np.stack(active)))
 
 # %% ../../nbs/find/07_controls.ipynb #d5e426a6
 def random_neurons(source,                       # the statistics, or LanguageNeurons that came from them

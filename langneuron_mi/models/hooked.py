@@ -35,8 +35,12 @@ def is_plain(model) -> bool: return type(model).__name__ == "HookedHF" # see mod
 def _layout(model) -> Layout:
     "The widths of a model's MLPs, read from their output weights: a config may only guess."
     if is_plain(model): return model.layout
-    widths = [int(w.shape[0]) if (w := getattr(getattr(b, "mlp", None), "W_out", None)) is not None else 0 for b in model.blocks]
-    return Layout(tuple((Parts("mlp", w),) if w else () for w in widths))
+    if "layout" in _facts.get(model, {}): return _facts[model]["layout"] # read before it was wrapped: its weights may be elsewhere now
+    def width(block) -> int:
+        try: w = getattr(getattr(block, "mlp", None), "W_out", None)
+        except RuntimeError: return int(model.cfg.d_mlp) # the weights are elsewhere; `check` compares with what the hooks see
+        return 0 if w is None else int(w.shape[0])
+    return Layout(tuple((Parts("mlp", w),) if (w := width(b)) else () for b in model.blocks))
 
 def _lens_name(model) -> str: return getattr(model.cfg, "model_name", None) or type(model).__name__
 
@@ -72,6 +76,12 @@ class ModelView:
     def parts(self) -> list[tuple[int, str]]: return [(l, p.kind) for l, parts in enumerate(self.layout.layers) for p in parts]
     @property
     def seq2seq(self) -> bool: return bool(self.layout.stacks) # an encoder before the decoder
+    def running(self, layer: int) -> tuple[int, int]: # batch and positions of the running forward pass, where tensors are flattened
+        "What the first layer of a stack was given (plain models)."
+        return self.model.running["decoder" if self.lead(layer) or not self.seq2seq else "encoder"]
+    def lead(self, layer: int) -> int: # 1 behind the start token of an encoder-decoder's decoder
+        "Positions that a layer sees before those it is fed."
+        return int(self.seq2seq and layer >= self.layout.stacks[0][1])
     @property
     def takes_positions(self) -> bool: return self.hf is not None and "position_ids" in inspect.signature(self.hf.forward).parameters
     @property

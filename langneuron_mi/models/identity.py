@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .hooked import ModelView
+from .hooked import ModelView, is_plain
 from .mlp import _brought_in
 from ..text.windows import tokenizer_fingerprint
 
@@ -67,13 +67,20 @@ def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
     return sorted(facts)
 
 # %% ../../nbs/models/03_identity.ipynb #ac584c97
+def _no_bias(v: ModelView) -> list:
+    "The bias of zeros that TransformerLens's bridge gives an unembedding without one: a model is the same however it is hooked."
+    head = v.hf.get_output_embeddings() if is_plain(v.model) else None
+    if head is None or getattr(head, "bias", None) is not None: return []
+    name = next(name for name, m in v.hf.named_modules() if m is head)
+    return [(f"{name}.bias", [head.weight.shape[0]], (0, 0))]
+
 @patch(as_prop=True)
 def fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the weights; the same for fp32 and bf16."
     if self._settled: return self._fingerprint[1]
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
-        facts = [self.n_layers, self.d_mlp, _config_facts(self), _weight_facts(self.hf if self.hf is not None else self.model)]
+        facts = [self.n_layers, self.d_mlp, _config_facts(self), sorted(_weight_facts(self.hf if self.hf is not None else self.model) + _no_bias(self))]
         self._fingerprint = key, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 
@@ -98,5 +105,5 @@ def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."
     return dict(model_id=self.model_id, model=self.fingerprint, tokenizer=self.tokenizer_fingerprint, n_layers=self.n_layers,
                 d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__,
-                **({} if self.layout.dense else dict(layout=self.layout.to_json())),
+                **({} if self.layout.dense else dict(parts=self.layout.to_json())),
                 **({} if self.attention == "eager" else dict(attention=self.attention)))

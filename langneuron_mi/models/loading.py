@@ -71,6 +71,7 @@ def _hooked(hf, tokenizer, name: str):
         want = _few_logits(hf)
         with _as_before(hf):
             model = _bridge(hf, tokenizer, name)
+            _facts[model] = dict(layout=bridges)
             _check_same(_few_logits(hf), want)
             view(model).check()
             return model
@@ -145,7 +146,7 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
     else:
         if tokenizer is None: recipe = dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)
         model, name = _loaded(str(source), revision, tokenizer, dtype, device, trust_remote_code, **kwargs)
-    _facts[model] = dict(model_id=name, recipe=recipe)
+    _facts[model] = _facts.get(model, {}) | dict(model_id=name, recipe=recipe)
     view(model).check()
     if attention is not None: attend(model, attention)
     return model

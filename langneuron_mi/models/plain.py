@@ -8,6 +8,7 @@ __all__ = ['DensePoints', 'HookedHF']
 # %% ../../nbs/models/11_plain.ipynb #9a53b286
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -78,12 +79,17 @@ class HookedHF(nn.Module):
         self.blocks = nn.ModuleList(_Layer(parts, hf) for parts in found.layers)
         for name, p in self.named_modules():
             if isinstance(p, HookPoint): p.name = name
+        self.running = {} # stack -> (batch, positions) of the running forward pass
+        first = dict(encoder=0, decoder=found.stacks[0][1]) if found.stacks else dict(decoder=0)
+        for stack, l in first.items(): found.modules[l].register_forward_pre_hook(partial(self._seen, stack), with_kwargs=True)
         hf.__dict__["_langneuron_hooked"] = True
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, return_type: str | None = "logits", **kwargs):
         "The model's own forward: logits, or nothing."
         out = self.original_model(ids, attention_mask=attention_mask, **kwargs)
         return out.logits if return_type == "logits" else None
+    def _seen(self, stack: str, module, args, kwargs) -> None:
+        self.running[stack] = tuple((args[0] if args else kwargs["hidden_states"]).shape[:2])
     @property
     def hook_dict(self) -> dict[str, HookPoint]: return {n: p for n, p in self.named_modules() if isinstance(p, HookPoint)}
     @property

@@ -37,7 +37,11 @@ def encode(self: ModelView,
     pad = self.tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad]*(width - len(r)) + r for r in rows])
     mask = torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows])
-    return ids, mask
+    return (ids, mask) if not self.seq2seq else (_to_the_left(ids, mask), mask.flip(1)) # an encoder's pads stand behind the text
+
+def _to_the_left(ids: Tensor, mask: Tensor) -> Tensor:
+    "Left-padded rows with their pads on the right."
+    return torch.stack([row.roll(int(m.sum()) - len(row)) for row, m in zip(ids, mask)])
 
 # %% ../../nbs/models/04_prompts.ipynb #f2951899
 @patch
@@ -68,9 +72,9 @@ def _following(self: ModelView, use_cache: bool = True):
 def _continue_batch(self: ModelView, ids: Tensor, mask: Tensor, **options) -> list[str]:
     "What Hugging Face's `generate` adds to each row."
     options = dict(pad_token_id=self.tokenizer.pad_token_id or 0) | options
-    with self.at(ids.shape[1]), self._following():
+    with self.at(1 if self.seq2seq else ids.shape[1]), self._following():
         out = self.hf.generate(input_ids=ids, attention_mask=mask, **options)
-    return self.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    return self.tokenizer.batch_decode(out[:, 1 if self.seq2seq else ids.shape[1]:], skip_special_tokens=True)
 
 @patch
 def _continue_row(self: ModelView, row: Int[Tensor, "1 pos"], use_cache: bool, **options) -> str:
