@@ -78,7 +78,7 @@ ARCHS |= { # other attention, other layers
     "granite_hybrid": ("GraniteMoeHybridConfig", _common | _mamba | dict(layer_types=["mamba", "attention"], num_local_experts=0,
                                                                        shared_intermediate_size=40)),
     "lfm2": ("Lfm2Config", _common | dict(layer_types=["conv", "full_attention"])),
-    "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4)),
+    "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
     "phi3": ("Phi3Config", _common), "olmo2": ("Olmo2Config", _common), "granite": ("GraniteConfig", _common),
     "gpt_neox": ("GPTNeoXConfig", _common), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
     "falcon": ("FalconConfig", dict(hidden_size=32, ffn_hidden_size=64, num_hidden_layers=2, num_attention_heads=4)),
