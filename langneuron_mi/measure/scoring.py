@@ -166,6 +166,7 @@ def score(v: ModelView,
           done: Callable = lambda i, answer: None, # called for every pair as its answer is there
          ) -> dict: # work: tokens run, tokens that sharing saved, positions with logits
     "Log-likelihood of each continuation, and whether it is what greedy decoding would write."
+    v.decoder_only("scoring a continuation")
     if placed is None: placed = any(e.positions != "all" for e in intervention.edits)
     short = _window(v) if v.has_head else 0
     def share(a, b): return max(len(a.ids), len(b.ids)) < short and (a.prompt == b.prompt or not placed)

@@ -52,6 +52,7 @@ def _prepared(session: Session, prompts: str | Sequence[str]) -> tuple[ModelView
     "A checked view and a list of prompts."
     v, prompts = session.view.check(), [prompts] if isinstance(prompts, str) else list(prompts)
     v.untouched("attribution")
+    v.dense_only("attribution")
     if not prompts: raise ValueError("no prompts were given; give at least one")
     return v, prompts
 

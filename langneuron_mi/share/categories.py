@@ -18,6 +18,7 @@ from torch import Tensor
 from ..text.languages import language
 from ..models.hooked import ModelView
 from ..models.view import view
+from ..core.layout import Layout
 from ..find.neurons import NeuronSet
 from ..recording.stats import check_site
 
@@ -113,6 +114,7 @@ def _real(v: ModelView, mask: Int[Tensor, "row pos"]) -> Bool[Tensor, "row pos"]
 def active(self: Reader, prompts: list[str], lang: str) -> Bool[Tensor, "theta input layer neuron"]:
     "Which neurons are active in each prompt."
     ids, mask = self.v.encode(prompts)
+    if not self.v.layout.dense: return self._active_parts(ids, mask, lang)
     got, layers = {}, range(self.v.n_layers)
     with self.v.hooks([(l, self.kind, self.hook(l, _real(self.v, mask), got)) for l in layers]): self.v.body(ids, mask)
     if bad := [l for l in layers if not got["finite", l]]:
@@ -122,6 +124,21 @@ def active(self: Reader, prompts: list[str], lang: str) -> Bool[Tensor, "theta i
     return torch.stack([got[l].to(self.v.device) for l in layers], 2)
 
 # %% ../../nbs/share/01_categories.ipynb #762e82cc
+@patch
+def _active_parts(self: Reader, ids: Tensor, mask: Tensor, lang: str) -> Bool[Tensor, "theta input layer neuron"]:
+    "The same where layers have parts: a neuron of an expert is active where the token is routed there and it fires."
+    self.v.decoder_only("sharing")
+    got, layers, real = {}, [l for l in range(self.v.n_layers) if self.v.layout.layers[l]], _real(self.v, mask)
+    with self.v.whole(layers, self.site) as seen: self.v.body(ids, mask)
+    kind, self.kind = self.kind, "post"  # what `whole` gives is the activation
+    try:
+        for l in layers: self.hook(l, real, got)(seen.of(l, len(ids)))
+    finally: self.kind = kind
+    if bad := [l for l in layers if not got["finite", l]]:
+        raise ValueError(f"activations of layer {bad[0]} are NaN or infinite on {lang} prompts; load the model in float32 or bfloat16")
+    none = torch.zeros_like(got[layers[0]])
+    return torch.stack([got.get(l, none).to(self.v.device) for l in range(self.v.n_layers)], 2) & self.v.layout.real.to(self.v.device)
+
 def input_categories(model, # a hooked model
                      prompts: Mapping[str, str], # one input: its prompt in every language
                      *, theta: float = 0., # active means above this; activation units
@@ -136,8 +153,9 @@ def input_categories(model, # a hooked model
     return categories(torch.stack([reader.active(p, lang)[0, 0] for lang, p in prompts.items()])).cpu()
 
 # %% ../../nbs/share/01_categories.ipynb #3280a43f
-def _sets(found: Int8[Tensor, "layer neuron"], site: str, model: str | None) -> dict[str, NeuronSet]:
-    return {c: NeuronSet.from_mask(found == k, site, model) for k, c in enumerate(CATEGORIES)}
+def _sets(found: Int8[Tensor, "layer neuron"], site: str, model: str | None, layout: Layout | None = None) -> dict[str, NeuronSet]:
+    real = True if layout is None else layout.real
+    return {c: NeuronSet.from_mask((found == k) & real, site, model, layout) for k, c in enumerate(CATEGORIES)}
 
 def category_sets(model, # a hooked model
                   prompts: Mapping[str, str], # one input: its prompt in every language
