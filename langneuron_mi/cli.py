@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'Source', 'demo', 'compare', 'record', 'identify', 'perplexity', 'steer', 'share', 'Change', 'eval_',
-           'tune', 'report', 'info', 'main']
+           'tune', 'report', 'info', 'models', 'main']
 
 # %% ../nbs/90_cli.ipynb #e05df8c6
 import os
@@ -287,7 +287,15 @@ def info(
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
-_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info)
+def models(
+    only: str = "", # names of architectures, with commas; all when not given
+):
+    "Try every architecture, tiny and random, and say what works on it"
+    from importlib.metadata import version
+    names = [n.strip() for n in only.split(",") if n.strip()] or None
+    return f"TransformerLens {version('transformer-lens')}\n\n{door.families_text(door.model_families(names))}"
+
+_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info, models)
 commands = {f.__name__.strip("_"): f for f in _all}
 
 # %% ../nbs/90_cli.ipynb #785eaefc
