@@ -111,12 +111,15 @@ def identify(
     options: dict, # of the method
     method: str = "lape", # lape, lambda_score, activation_probability, average_precision, plnd or language_activated
     best: int = 0, # keep each language's best so many; 0 = all
+    units: str = "neurons", # or experts: those of a mixture, as wholes
 ):
-    "Find each language's neurons with one of six methods"
+    "Find each language's neurons, or experts, with one of six methods"
+    if units not in ("neurons", "experts"): raise ValueError(f"no units {units!r}; allowed are neurons and experts")
     if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
     from langneuron_mi.studies.study import METHODS, check_method
     check_method(method, options)
-    neurons = METHODS[method](_stats(stats), **options)
+    recorded = _stats(stats)
+    neurons = METHODS[method](door.experts_of(recorded) if units == "experts" else recorded, **options)
     if best: neurons = neurons.best(best)
     neurons.save(out)
     return ", ".join(f"{l} {len(s)}" for l, s in neurons.items()) + f": {out}"
