@@ -27,6 +27,7 @@ def _langs(text: str) -> list[str]:
 class Source:
     "Where text and model come from."
     held_out: float = .1 # share of the texts kept for measuring
+    text_field: str = "text" # .jsonl, .parquet, hub: where the text, or the conversation, is
     revision: str = "" # of a hub id
 
 @passes(fields=lambda: [door.Experiment])
@@ -72,7 +73,7 @@ def record(
     from langneuron_mi.text.sources import load_corpus
     how = Recording(**recording | _groups(recording))
     there = Source(**source)
-    train, _ = load_corpus(corpus, named).split(there.held_out, seed=how.seed)
+    train, _ = load_corpus(corpus, named, text_field=there.text_field).split(there.held_out, seed=how.seed)
     where = _on_ray(model, there.revision, cluster) if engine == "ray" else _here(model, there.revision)
     stats = record(corpus=train, recording=how, out=out, **where)
     return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {out.rstrip('/')}/stats.safetensors"
@@ -150,7 +151,7 @@ def perplexity(
     from langneuron_mi.measure.perplexity import Measured, perplexity_matrix
     from langneuron_mi.text.sources import load_corpus
     how, there = Measured(**measured), Source(**source)
-    _, text = load_corpus(corpus, langs).split(there.held_out, seed=how.seed)
+    _, text = load_corpus(corpus, langs, text_field=there.text_field).split(there.held_out, seed=how.seed)
     sets = [found, *(_control(found, how.seed, i) for i in range(controls))]
     kept = Path(out).with_suffix(".rows")  # finished rows are kept there
     df = perplexity_matrix(**_here(model, there.revision), corpus=text, interventions=sets, measured=how, out=kept).to_df()
