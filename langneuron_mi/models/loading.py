@@ -17,6 +17,7 @@ import torch
 from .attention import attend
 from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
+from .quantised import need_package, quantisation, quantisation_config
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
@@ -31,9 +32,10 @@ def _bridge(hf, tokenizer, name: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as e:
-            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
-                             "TransformerBridge that you made yourself is accepted as it is") from e
+        except (ValueError, KeyError, AttributeError, NotImplementedError, *([RuntimeError] if quantisation(hf) else [])) as e:
+            advice = ("a HookedTransformer or TransformerBridge that you made yourself is accepted as it is" if not quantisation(hf) else
+                      f'its weights are in {quantisation(hf)}: load it with quantization="nf4", which leaves what TransformerLens splits as it is')
+            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; {advice}") from e
 
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
     "A model object, wrapped where it is not yet."
@@ -53,12 +55,29 @@ def _no_model(source: str, said: Exception) -> ModelError:
     return ModelError(f"no model {source!r}: {hint}Allowed are a bundled name ({', '.join(_bundled)}), a folder with "
                       f"config.json, or a hub id that this machine can reach. The loader said: {str(said).splitlines()[0][:200]}")
 
-def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
+def _quantised(quantization: str | None, device: str, dtype: torch.dtype, given: dict) -> dict: # arguments of `from_pretrained`
+    "What was given, and what quantised weights need beside it."
+    if quantization is not None:
+        if given.get("quantization_config") is not None:
+            raise ModelError(f"quantization={quantization!r} and quantization_config= say the same thing twice; give one of the two")
+        given = given | dict(quantization_config=quantisation_config(quantization, device, dtype))
+    if given.get("quantization_config") is None: return given
+    need_package("accelerate", "a model with quantised weights")
+    return dict(device_map={"": device}) | given # each matrix is quantised where it will be
+
+def _not_quantised(hf, asked) -> ModelError:
+    "One clear error for a configuration that found nothing to quantise."
+    kinds = sorted({type(m).__name__ for m in hf.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2})
+    return ModelError(f"{type(asked).__name__} quantised nothing of {type(hf).__name__}, whose matrices are {', '.join(kinds)}; "
+                      'quantization="nf4" also takes GPT-2\'s Conv1D')
+
+def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, quantization=None, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    kwargs = _quantised(quantization, str(device), dtype, kwargs)
     if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -67,6 +86,9 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)
     except (OSError, ValueError) as e: raise _no_model(source, e) from e
+    except ImportError as e: raise ModelError(f'{e}; run: pip install "langneuron_mi[quantised]"') from e
+    asked = kwargs.get("quantization_config")
+    if asked is not None and quantisation(hf) is None: raise _not_quantised(hf, asked)
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
 # %% ../../nbs/models/09_loading.ipynb #05de8bda
@@ -86,16 +108,17 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
                dtype: torch.dtype | None = None, # default: float32 on a CPU, bfloat16 on a GPU
                device: str | None = None, # default: the GPU when there is one
                attention: str | None = None, # Hugging Face's "sdpa" or "flash_attention_2"; default: TransformerLens's, with all its hooks
-               device_map=None, # "auto", or {module: device}: spread a model over devices with accelerate
+               quantization: str | None = None, # "nf4", "int8" or "int4"; default: as the weights were saved
                trust_remote_code: bool = False, # runs code from the hub only when you say so
-               **kwargs, # passed on to `from_pretrained`
+               **kwargs, # passed on to `from_pretrained`: quantization_config, device_map="auto" to spread a model over devices ...
               ): # the TransformerLens object, ready for every function of this package
     "A hooked model from whatever you have."
-    if device_map is not None: kwargs["device_map"] = device_map
+    kwargs = {k: x for k, x in dict(quantization=quantization, **kwargs).items() if x is not None}
     recipe = None # how to load it again, where that is known
     if isinstance(source, torch.nn.Module):
         given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
-        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
+        how = "load it that way: from_pretrained(..., quantization_config=...)" if "quantization" in kwargs else "convert it first, as in model.to(...)"
+        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; {how}")
         model, name = _wrapped(source, tokenizer)
     else:
         if tokenizer is None: recipe = dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .hooked import ModelError, ModelView
+from .quantised import steady, written
 
 # %% ../../nbs/models/02_mlp.ipynb #24668f9d
 @patch
@@ -53,7 +54,7 @@ def w_out(self: ModelView, layer: int # 0 .. n_layers-1
          ) -> Float[Tensor, "d_mlp d_model"]: # row i is what neuron i writes, per unit of activation
     "Output weights of a layer's MLP."
     mlp = self.model.blocks[layer].mlp
-    with _brought_in(mlp): w = mlp.W_out.detach()
+    with _brought_in(mlp): w = written(mlp)
     if tuple(w.shape) != (self.d_mlp, self.d_model):
         raise ModelError(f"W_out of layer {layer} of {self.model_id} is {tuple(w.shape)}, not {(self.d_mlp, self.d_model)}")
     return w
@@ -124,6 +125,7 @@ def check(self: ModelView) -> ModelView: # itself
     if self.is_bridge and getattr(self.hf, "training", False):
         raise ModelError(f"{self.model_id} is in training mode: dropout would change every number; call model.eval()")
     if self._checked: return self
+    steady(self.model)
     got, kinds = {}, ("pre", "pre_linear", "post") if self.gated else ("pre", "post")
     keep = [(l, k, _keeper(got, (l, k))) for l in range(self.n_layers) for k in kinds]
     with self._watching() as seen, self.hooks(keep): self.body(torch.arange(2)[None] + 1)
