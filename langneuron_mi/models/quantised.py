@@ -35,7 +35,8 @@ def form(w: Tensor | None, # a weight
 def packed_layers(root: torch.nn.Module, # a Hugging Face model, inside TransformerLens's wrapper or not
                  ) -> dict[str, torch.nn.Module]: # by its own name in the Hugging Face model
     "Every layer whose weight is quantised."
-    return {name.replace("._original_component", ""): m for name, m in root.named_modules() if form(m._parameters.get("weight"))}
+    every = root.named_modules(remove_duplicate=False) # TransformerLens has names of its own for the same layers
+    return {name.replace("._original_component", ""): m for name, m in every if form(m._parameters.get("weight"))}
 
 def quantisation(root: torch.nn.Module, # a Hugging Face model
                 ) -> str | None: # such as "nf4 (bitsandbytes)"
