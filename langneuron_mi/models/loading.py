@@ -34,7 +34,7 @@ def _bridge(hf, tokenizer, name: str):
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
         except (ValueError, KeyError, AttributeError, NotImplementedError, *([RuntimeError] if quantisation(hf) else [])) as e:
             advice = ("a HookedTransformer or TransformerBridge that you made yourself is accepted as it is" if not quantisation(hf) else
-                      f'its weights are in {quantisation(hf)}: load it with quantization="nf4", which leaves what TransformerLens splits as it is')
+                      f'its weights are {quantisation(hf)}: load it with quantization="nf4", which leaves in full what TransformerLens reads')
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; {advice}") from e
 
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
