@@ -21,6 +21,13 @@ from .quantised import need_package, quantisation, quantisation_config
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
+def _check_unembedding(hf) -> None:
+    "TransformerLens gives an unembedding without a bias one of zeros, in the packed weight's own shape where that is quantised."
+    how = quantisation(getattr(hf, "get_output_embeddings", lambda: None)() or torch.nn.Identity())
+    if how is not None and "bitsandbytes" in how:
+        raise ModelError(f"TransformerLens cannot wrap an unembedding that is {how}; leave it in full, as quantization=\"nf4\" does, "
+                         "or with llm_int8_skip_modules=[\"lm_head\"] in a configuration of your own")
+
 def _bridge(hf, tokenizer, name: str):
     "A TransformerBridge around `hf`, with the tokenizer's own behaviour kept."
     from transformer_lens.model_bridge import TransformerBridge
@@ -29,12 +36,14 @@ def _bridge(hf, tokenizer, name: str):
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True # keeps TransformerLens from loading it again
     dtype = next(hf.parameters()).dtype
+    _check_unembedding(hf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
         except (ValueError, KeyError, AttributeError, NotImplementedError, *([RuntimeError] if quantisation(hf) else [])) as e:
-            advice = ("a HookedTransformer or TransformerBridge that you made yourself is accepted as it is" if not quantisation(hf) else
-                      f'its weights are {quantisation(hf)}: load it with quantization="nf4", which leaves in full what TransformerLens reads')
+            how = quantisation(hf)
+            advice = (f'its weights are {how}: load it with quantization="nf4", which leaves in full what TransformerLens reads' if how
+                      else "a HookedTransformer or TransformerBridge that you made yourself is accepted as it is")
             raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; {advice}") from e
 
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
@@ -117,8 +126,9 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
     recipe = None # how to load it again, where that is known
     if isinstance(source, torch.nn.Module):
         given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
-        how = "load it that way: from_pretrained(..., quantization_config=...)" if "quantization" in kwargs else "convert it first, as in model.to(...)"
-        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; {how}")
+        instead = "load it that way: from_pretrained(..., quantization_config=...)" if "quantization" in kwargs else \
+            "convert it first, as in model.to(...)"
+        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; {instead}")
         model, name = _wrapped(source, tokenizer)
     else:
         if tokenizer is None: recipe = dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)

@@ -8,6 +8,7 @@ __all__ = ['QUANTISATIONS', 'form', 'packed_layers', 'quantisation', 'quantisati
 
 # %% ../../nbs/models/20_quantised.ipynb #e0c48a8b
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor
@@ -75,6 +76,14 @@ def need_package(name: str, # to import
     "One clear error for a package that is not installed."
     if importlib.util.find_spec(name) is None:
         raise ModelError(f'{what} needs the package {name}, which is not installed; run: pip install "langneuron_mi[quantised]"')
+
+# %% ../../nbs/models/20_quantised.ipynb #a0e5e3dc
+def _is_news(record: logging.LogRecord) -> bool:
+    "False for what torchao says at every import on a machine without a GPU, and PyTorch of torchao's enums."
+    said = record.getMessage()
+    return not ("is an Enum subclass" in said or said.startswith("Failed to load") and not torch.cuda.is_available())
+
+for _name in ("torchao", "torch.utils._pytree"): logging.getLogger(_name).addFilter(_is_news)
 
 # %% ../../nbs/models/20_quantised.ipynb #31778318
 def _multiplied(layer: torch.nn.Module) -> Tensor: # [out, in]

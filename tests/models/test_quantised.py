@@ -140,17 +140,13 @@ def test_quantised_attribution_reads_rows_of_the_output_matrix(how, folder):
     torch.testing.assert_close(effective_score(model, "the fox", "x", lang="zh")[0], score, atol=1e-4, rtol=1e-4)
 
 
-def test_quantised_unembedding_is_read_too(folder):
-    for config in (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[]),
-                   TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[])):
-        try: v = view(load_model(folder("llama"), quantization_config=config))
-        except ModelError as e:  # TransformerLens 3.9 gives an unembedding a bias of its number format, which 4 bits are none of
-            assert config.quant_method == "bitsandbytes" and "leaves in full what TransformerLens reads" in str(e)
-            continue
-        head, tokens, hidden = packed_layers(v.hf)["lm_head"], torch.tensor([5, 200]), v.hidden(IDS)[0]
-        torch.testing.assert_close(w_u(v, tokens), head(torch.eye(32)).T[tokens], atol=1e-5, rtol=1e-5)
-        assert torch.equal(torch.cat([x for _, x in v.logit_blocks(hidden)], 1), v.head(hidden)) and v.has_head
-    assert quantisation(v.hf) == "int8 (torchao)"
+def test_quantised_unembedding_is_read_too_or_refused(folder):
+    v = view(load_model(folder("llama"), quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=[])))
+    head, tokens, hidden = packed_layers(v.hf)["lm_head"], torch.tensor([5, 200]), v.hidden(IDS)[0]
+    torch.testing.assert_close(w_u(v, tokens), head(torch.eye(32)).T[tokens], atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.cat([x for _, x in v.logit_blocks(hidden)], 1), v.head(hidden)) and v.has_head
+    with pytest.raises(ModelError, match="cannot wrap an unembedding that is nf4.*lm_head"):
+        load_model(folder("llama"), quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[]))
 
 
 def test_quantised_identity_is_that_of_the_numbers_not_of_their_packing(folder, tmp_path):
