@@ -146,7 +146,8 @@ def test_quantised_unembedding_is_read_too_or_refused(folder):
     torch.testing.assert_close(w_u(v, tokens), head(torch.eye(32)).T[tokens], atol=1e-5, rtol=1e-5)
     assert torch.equal(torch.cat([x for _, x in v.logit_blocks(hidden)], 1), v.head(hidden)) and v.has_head
     with pytest.raises(ModelError, match="cannot wrap an unembedding that is nf4.*lm_head"):
-        load_model(folder("llama"), quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[]))
+        whole = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=[])
+        load_model(folder("llama"), quantization_config=whole)
 
 
 def test_quantised_identity_is_that_of_the_numbers_not_of_their_packing(folder, tmp_path):
@@ -224,14 +225,13 @@ def test_quantised_loading_errors_say_what_to_do(folder, monkeypatch):
             load_model(path, quantization=how)
 
 
-@pytest.mark.parametrize("config", [
-    BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), BitsAndBytesConfig(load_in_8bit=True),
-    TorchAoConfig(Int8DynamicActivationInt8WeightConfig())], ids=["fp4", "llm.int8", "dynamic"])
-def test_quantised_by_a_configuration_of_ones_own(config, folder):
+@pytest.mark.parametrize("config,said", [
+    (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"), "fp4 (bitsandbytes)"),
+    (BitsAndBytesConfig(load_in_8bit=True), "int8, activations too (bitsandbytes)"),
+    (TorchAoConfig(Int8DynamicActivationInt8WeightConfig()), "int8, activations too (torchao)")], ids=["fp4", "llm.int8", "dynamic"])
+def test_quantised_by_a_configuration_of_ones_own(config, said, folder):
     model = load_model(folder("llama"), quantization_config=config)
     v = view(model)
-    said = {"fp4": "fp4 (bitsandbytes)"}.get(getattr(config, "bnb_4bit_quant_type", None)) if getattr(config, "load_in_4bit", False) else \
-        f"int8, activations too ({'bitsandbytes' if isinstance(config, BitsAndBytesConfig) else 'torchao'})"
     assert v.describe()["quantised"] == said
     stats, first = record(model, TEXTS, length=64, groups="all", texts=2, progress=False), v.fingerprint
     assert stats.model == first == v.fingerprint and not torch.isnan(stats.impact["en"]).any()

@@ -26,9 +26,12 @@ def saved(path, arch="llama", **config):
     return str(path)
 
 
-@pytest.mark.parametrize("extra", [dict(), dict(attention=False), dict(full_rank=True), dict(dtype="bfloat16"),
-                                   dict(gradient_checkpointing=True)], ids=str)
-@pytest.mark.parametrize("how,arch", [*((h, "llama") for h in HOW), ("nf4", "gpt2"), ("nf4", "bloom"), ("nf4", "gemma3")])
+SETTINGS = [dict(), dict(attention=False), dict(full_rank=True), dict(dtype="bfloat16"), dict(gradient_checkpointing=True)]
+
+
+@pytest.mark.parametrize("how,arch,extra", [
+    *(("nf4", "llama", s) for s in SETTINGS), *((h, "llama", s) for h in ("int8", "int4") for s in SETTINGS[1:4]),
+    *(("nf4", a, dict()) for a in ("gpt2", "bloom", "gemma3"))], ids=str)
 def test_quantised_tuning_changes_nothing_outside_the_mask(how, arch, extra, tmp_path):
     model = load_model(saved(tmp_path/"model", arch), quantization=how)
     v, neurons = view(model), some(model)
