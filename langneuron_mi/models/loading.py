@@ -17,17 +17,10 @@ import torch
 from .attention import attend
 from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
-from .quantised import need_package, quantisation, quantisation_config
+from .quantised import arguments, check_unembedding, quantisation, quantising
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
-def _check_unembedding(hf) -> None:
-    "TransformerLens gives an unembedding without a bias one of zeros, in the packed weight's own shape where that is quantised."
-    how = quantisation(getattr(hf, "get_output_embeddings", lambda: None)() or torch.nn.Identity())
-    if how is not None and "bitsandbytes" in how:
-        raise ModelError(f"TransformerLens cannot wrap an unembedding that is {how}; leave it in full, as quantization=\"nf4\" does, "
-                         "or with llm_int8_skip_modules=[\"lm_head\"] in a configuration of your own")
-
 def _bridge(hf, tokenizer, name: str):
     "A TransformerBridge around `hf`, with the tokenizer's own behaviour kept."
     from transformer_lens.model_bridge import TransformerBridge
@@ -36,7 +29,7 @@ def _bridge(hf, tokenizer, name: str):
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True # keeps TransformerLens from loading it again
     dtype = next(hf.parameters()).dtype
-    _check_unembedding(hf)
+    check_unembedding(hf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
@@ -64,40 +57,23 @@ def _no_model(source: str, said: Exception) -> ModelError:
     return ModelError(f"no model {source!r}: {hint}Allowed are a bundled name ({', '.join(_bundled)}), a folder with "
                       f"config.json, or a hub id that this machine can reach. The loader said: {str(said).splitlines()[0][:200]}")
 
-def _quantised(quantization: str | None, device: str, dtype: torch.dtype, given: dict) -> dict: # arguments of `from_pretrained`
-    "What was given, and what quantised weights need beside it."
-    if quantization is not None:
-        if given.get("quantization_config") is not None:
-            raise ModelError(f"quantization={quantization!r} and quantization_config= say the same thing twice; give one of the two")
-        given = given | dict(quantization_config=quantisation_config(quantization, device, dtype))
-    if given.get("quantization_config") is None: return given
-    need_package("accelerate", "a model with quantised weights")
-    return dict(device_map={"": device}) | given # each matrix is quantised where it will be
-
-def _not_quantised(hf, asked) -> ModelError:
-    "One clear error for a configuration that found nothing to quantise."
-    kinds = sorted({type(m).__name__ for m in hf.modules() if getattr(m, "weight", None) is not None and m.weight.ndim == 2})
-    return ModelError(f"{type(asked).__name__} quantised nothing of {type(hf).__name__}, whose matrices are {', '.join(kinds)}; "
-                      'quantization="nf4" also takes GPT-2\'s Conv1D')
-
 def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, quantization=None, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
-    kwargs = _quantised(quantization, str(device), dtype, kwargs)
+    kwargs = arguments(quantization, str(device), dtype, kwargs)
     if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ModelError(f"no folder {source}; give a folder with config.json, a bundled name ({', '.join(_bundled)}) or a hub id")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)
+        with quantising(source, quantization, kwargs.get("quantization_config")) as look:
+            hf = look(AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs))
+    except ModelError: raise
     except (OSError, ValueError) as e: raise _no_model(source, e) from e
-    except ImportError as e: raise ModelError(f'{e}; run: pip install "langneuron_mi[quantised]"') from e
-    asked = kwargs.get("quantization_config")
-    if asked is not None and quantisation(hf) is None: raise _not_quantised(hf, asked)
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
 # %% ../../nbs/models/09_loading.ipynb #05de8bda

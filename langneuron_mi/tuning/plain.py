@@ -39,6 +39,7 @@ def _weights(v: ModelView) -> _Weights:
                           "tuning needs the Hugging Face model: load it with load_model(name or hf_model, tokenizer=...)")
     return _Weights(v.hf)
 
+# %% ../../nbs/tuning/01_plain.ipynb #a5864997
 def _config(v: ModelView):
     "A fresh copy of the model's config; attention as Hugging Face chooses it, weights in full."
     drop = ("attn_implementation", "quantization_config")
@@ -50,6 +51,7 @@ def _empty(cls, config):
     make = getattr(cls, "from_config", cls)
     with init_empty_weights(include_buffers=False): return make(config)
 
+# %% ../../nbs/tuning/01_plain.ipynb #ae8bd61b
 def _own(layer: torch.nn.Module, bias: torch.nn.Parameter | None, dtype: torch.dtype | None) -> torch.nn.Module:
     "A quantised layer as an object of its own, over the same packed numbers."
     own = copy.copy(layer)

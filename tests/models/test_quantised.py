@@ -1,5 +1,6 @@
 "Quantised weights: recorded, changed, read and named like any others, against Hugging Face's own quantised model."
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,7 +208,7 @@ def test_quantised_weights_that_a_cpu_packed_anew_are_unpacked(tmp_path):
     assert v.fingerprint == kept
 
 
-def test_quantised_loading_errors_say_what_to_do(folder, monkeypatch):
+def test_quantised_loading_errors_say_what_to_do(folder, monkeypatch, tmp_path):
     path, config = folder("llama"), quantisation_config("nf4", "cpu", torch.float32)
     with pytest.raises(ModelError, match="allowed are 'nf4', 'int8', 'int4'"): load_model(path, quantization="nf5")
     with pytest.raises(ModelError, match="the same thing twice"): load_model(path, quantization="nf4", quantization_config=config)
@@ -218,6 +219,11 @@ def test_quantised_loading_errors_say_what_to_do(folder, monkeypatch):
         load_model(folder("gpt2"), quantization="int8")
     with pytest.raises(ModelError, match="cannot wrap BloomForCausalLM.*leaves in full what TransformerLens reads"):
         load_model(folder("bloom"), quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    odd = tiny_model("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3)[0]
+    odd.save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match='cannot be loaded with TorchAoConfig.*"nf4" takes matrices of any width'):
+        load_model(str(tmp_path), quantization="int4")
+    assert view(load_model(str(tmp_path), quantization="nf4")).d_model == 24
     real = importlib.util.find_spec
     for how, package in dict(nf4="bitsandbytes", int8="torchao", int4="torchao").items():
         monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a, gone=package: None if n == gone else real(n, *a))
@@ -239,7 +245,27 @@ def test_quantised_by_a_configuration_of_ones_own(config, said, folder):
     assert float((v.w_out(0) - full.w_out(0)).abs().max()) < .3*float(full.w_out(0).abs().max())
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_quantised_folder_is_loaded_as_it_was_saved_and_in_no_other_form(how, folder, tmp_path):
+    theirs(folder("llama"), how).save_pretrained(tmp_path)
+    view(load_model(folder("llama"))).tokenizer.save_pretrained(tmp_path)
+    v = view(load_model(str(tmp_path)))
+    assert v.fingerprint == view(load_model(folder("llama"), quantization=how)).fingerprint
+    assert v.describe() == view(load_model(str(tmp_path), quantization=how)).describe()
+    for other in set(HOW) - {how}:
+        with pytest.raises(ModelError, match="were saved in|The model is quantized with"): load_model(str(tmp_path), quantization=other)
+
+
 def test_quantised_model_is_loaded_alike_by_a_worker(folder):
     model = load_model(folder("llama"), quantization="nf4")
     recipe = recipe_of(model)
     assert recipe.options["quantization"] == "nf4" and view(recipe.load("cpu")).describe() == view(model).describe()
+
+
+def test_quantised_script_for_a_gpu_does_the_same_on_a_cpu(tmp_path):
+    spec = importlib.util.spec_from_file_location("quantised_gpu", Path(__file__).resolve().parents[2]/"benchmarks/quantised_gpu.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    *rows, again = script.measure(script.saved(str(tmp_path), {}), "cpu")
+    assert [r["says"] for r in rows] == [None, *SAYS.values()] and again["fingerprint"] == rows[1]["fingerprint"]
+    for r in rows: assert r["same_counts"] and r["ablation_off_by"] == 0 and not r["read_off_by"] and r["tuning"]["moved"] > 1000
