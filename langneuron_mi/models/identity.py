@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .hooked import ModelView, is_plain
 from .mlp import _brought_in
+from .quantised import dequantised, form, quantisation, stored
 from ..text.windows import tokenizer_fingerprint
 
 # %% ../../nbs/models/03_identity.ipynb #8fa919ff
@@ -35,7 +36,7 @@ def _sampled(p: Tensor) -> float:
 
 def _weights_key(model: torch.nn.Module) -> tuple:
     "Changes when a weight is replaced or edited in place, so that a stale fingerprint is never reused."
-    return tuple((p.data_ptr(), p._version, _sampled(p)) for p in model.parameters())
+    return tuple((t.data_ptr(), p._version, _sampled(t)) for p in model.parameters() for t in stored(p))
 
 # %% ../../nbs/models/03_identity.ipynb #f8054d09
 _function = ("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
@@ -63,7 +64,9 @@ def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
         module, _, last = name.rpartition(".")
         owner = root.get_submodule(module)
         with _brought_in(owner) if p.device.type == "meta" else nullcontext():
-            facts.append((name.replace("._original_component", ""), list(p.shape), _checksum(owner._parameters[last])))
+            w = owner._parameters[last]
+            w = dequantised(owner) if form(w) else w
+            facts.append((name.replace("._original_component", ""), list(w.shape), _checksum(w)))
     return sorted(facts)
 
 # %% ../../nbs/models/03_identity.ipynb #ac584c97
@@ -106,4 +109,5 @@ def describe(self: ModelView) -> dict: # JSON-ready facts
     return dict(model_id=self.model_id, model=self.fingerprint, tokenizer=self.tokenizer_fingerprint, n_layers=self.n_layers,
                 d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__,
                 **({} if self.layout.dense else dict(parts=self.layout.to_json())),
-                **({} if self.attention == "eager" else dict(attention=self.attention)))
+                **({} if self.attention == "eager" else dict(attention=self.attention)),
+                **({} if (how := quantisation(self.hf or self.model)) is None else dict(quantised=how)))

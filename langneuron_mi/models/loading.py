@@ -21,6 +21,7 @@ from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
 from .parts import anatomy
 from .plain import hooked_hf
+from .quantised import arguments, check_unembedding, quantisation, quantising
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
@@ -32,12 +33,15 @@ def _bridge(hf, tokenizer, name: str):
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True # keeps TransformerLens from loading it again
     dtype = next(hf.parameters()).dtype
+    check_unembedding(hf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as e:
-            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
-                             "TransformerBridge that you made yourself is accepted as it is") from e
+        except (ValueError, KeyError, AttributeError, NotImplementedError, *([RuntimeError] if quantisation(hf) else [])) as e:
+            how = quantisation(hf)
+            advice = (f'its weights are {how}: load it with quantization="nf4", which leaves in full what TransformerLens reads' if how
+                      else "a HookedTransformer or TransformerBridge that you made yourself is accepted as it is")
+            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; {advice}") from e
 
 @contextmanager
 def _as_before(hf: torch.nn.Module):
@@ -100,12 +104,13 @@ def _no_model(source: str, said: Exception) -> ModelError:
     return ModelError(f"no model {source!r}: {hint}Allowed are a bundled name ({', '.join(_bundled)}), a folder with "
                       f"config.json, or a hub id that this machine can reach. The loader said: {str(said).splitlines()[0][:200]}")
 
-def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
+def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, quantization=None, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    kwargs = arguments(quantization, str(device), dtype, kwargs)
     if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -114,7 +119,9 @@ def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remo
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
         seq2seq = getattr(AutoConfig.from_pretrained(source, **common), "is_encoder_decoder", False)
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        hf = auto.from_pretrained(source, dtype=dtype, **common, **kwargs)
+        with quantising(source, quantization, kwargs.get("quantization_config")) as look:
+            hf = look(auto.from_pretrained(source, dtype=dtype, **common, **kwargs))
+    except ModelError: raise
     except (OSError, ValueError) as e: raise _no_model(source, e) from e
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
@@ -135,16 +142,18 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
                dtype: torch.dtype | None = None, # default: float32 on a CPU, bfloat16 on a GPU
                device: str | None = None, # default: the GPU when there is one
                attention: str | None = None, # Hugging Face's "sdpa" or "flash_attention_2"; default: TransformerLens's, with all its hooks
-               device_map=None, # "auto", or {module: device}: spread a model over devices with accelerate
+               quantization: str | None = None, # "nf4", "int8" or "int4"; default: as the weights were saved
                trust_remote_code: bool = False, # runs code from the hub only when you say so
-               **kwargs, # passed on to `from_pretrained`
+               **kwargs, # passed on to `from_pretrained`: quantization_config, device_map="auto" to spread a model over devices ...
               ): # the TransformerLens object, ready for every function of this package
     "A hooked model from whatever you have."
-    if device_map is not None: kwargs["device_map"] = device_map
+    kwargs = {k: x for k, x in dict(quantization=quantization, **kwargs).items() if x is not None}
     recipe = None # how to load it again, where that is known
     if isinstance(source, torch.nn.Module):
         given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
-        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
+        instead = "load it that way: from_pretrained(..., quantization_config=...)" if "quantization" in kwargs else \
+            "convert it first, as in model.to(...)"
+        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; {instead}")
         model, name = _wrapped(source, tokenizer)
     else:
         if tokenizer is None: recipe = dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)

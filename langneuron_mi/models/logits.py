@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .hooked import ModelView
+from .quantised import form
 
 # %% ../../nbs/models/01_logits.ipynb #969aae19
 @patch
@@ -146,7 +147,7 @@ def logit_blocks(self: ModelView,
     "The same logits as `head`, a part of the vocabulary at a time where the unembedding is a plain matrix that nobody hooks."
     module, cap = self.hf.get_output_embeddings(), getattr(self.hf.config, "final_logit_softcapping", None)
     plain = getattr(module, "original_component", module)
-    if type(plain) is not torch.nn.Linear or any(map(_hooked, (*module.modules(), plain))):
+    if type(plain) is not torch.nn.Linear or form(plain.weight) or any(map(_hooked, (*module.modules(), plain))):
         yield 0, self.head(hidden)
         return
     size = size or max(8192, _BLOCK//max(1, len(hidden))) # thinner matrices multiply slowly

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .hooked import ModelError, ModelView, is_plain, kind_of
+from .quantised import steady, written
 
 # %% ../../nbs/models/02_mlp.ipynb #24668f9d
 @patch
@@ -54,7 +55,7 @@ def _w_out(v: ModelView, layer: int, part: str) -> Float[Tensor, "width d_model"
     "Output weights of one part."
     points = v.points(layer, part)
     holder = getattr(getattr(points, "part", None), "module", points)
-    with _brought_in(holder): w = points.W_out.detach()
+    with _brought_in(holder): w = written(points).detach()
     want = v.layout.part(layer, part).size, v.d_model
     if tuple(w.shape) != want: raise ModelError(f"W_out of the {part} of layer {layer} of {v.model_id} is {tuple(w.shape)}, not {want}")
     return w
@@ -136,6 +137,7 @@ def check(self: ModelView) -> ModelView: # itself
     if self.is_bridge and getattr(self.hf, "training", False):
         raise ModelError(f"{self.model_id} is in training mode: dropout would change every number; call model.eval()")
     if self._checked: return self
+    steady(self.model)
     got, every = {}, [(l, f"{p}.{k}") for l, p in self.parts for k in ("pre", "pre_linear", "post")]
     there = [(l, k) for l, k in every if self._point(l, k) is not None or not k.endswith("pre_linear")]
     with self._watching() as seen, self.hooks([(l, k, _keeper(got, (l, k))) for l, k in there]): self.body(torch.arange(2)[None] + 1)

@@ -18,7 +18,8 @@ from transformer_lens.hook_points import HookPoint
 
 from .experts import ExpertPoints, hook_experts
 from .hooked import ModelError
-from .parts import DenseMLP, _text_config, act_of, anatomy, features
+from .parts import DenseMLP, _text_config, act_of, anatomy
+from .quantised import dequantised
 
 # %% ../../nbs/models/11_plain.ipynb #9c1b2afe
 class DensePoints(nn.Module):
@@ -36,8 +37,8 @@ class DensePoints(nn.Module):
     def act_fn(self) -> Callable: return act_of(self.part, self.hf)
     @property
     def W_out(self) -> Tensor: # [neuron, d_model]
-        w = self.part.down.weight
-        return w if features(self.part.down)[0] == w.shape[0] != w.shape[1] and type(self.part.down).__name__ == "Conv1D" else w.T
+        w = dequantised(self.part.down)
+        return w if "Conv1D" in (type(self.part.down).__name__, getattr(getattr(self.part.down, "source_cls", None), "__name__", "")) else w.T
     def _into(self, module, args, out: Tensor):
         if not self.part.fused: return self.hook_pre(out) if _on(self.hook_pre) else None
         if not (_on(self.hook_pre) or _on(self.hook_pre_linear)): return None
