@@ -71,7 +71,7 @@ def _here(v: ModelView, positions: str, layer: int, n: int, device) -> Tensor | 
     "Where an edit applies in the running forward pass of `n` positions."
     if positions == "all": return None
     if v.seq2seq and layer < v.layout.stacks[0][1]: return torch.full((1, n), positions == "prompt", device=device)
-    known = v.prompt if v.prompt is not None else v.prefill if v.offset else n
+    known = v.prompt + v.lead(layer) if v.prompt is not None else v.prefill if v.offset else n
     prompt = torch.as_tensor(known, device=device).reshape(-1, 1)
     at = v.offset + torch.arange(n, device=device)[None]
     return dict(prompt=at < prompt, generated=at >= prompt, last=at >= prompt - 1)[positions]
