@@ -156,12 +156,15 @@ class ByHand:
     hf: object
     arch: str
     implementation: str = "eager" # of the experts
+    parts: list | None = None # of every layer; None = those of `PARTS`
     changes: list = field(default_factory=list)
     seen: dict = field(default_factory=dict) # layer -> pre, up, a and post [row, neuron] of the last pass, nan where a neuron was not asked
     weights: dict = field(default_factory=dict) # layer -> [row, expert], nan where a token did not go
 
     def __post_init__(self):
-        for l, (layer, parts) in enumerate(zip(layers_of(self.hf, self.arch), PARTS[self.arch], strict=True)):
+        self.parts = self.parts or PARTS[self.arch]
+        self.widths = [sum(p.size for p in parts) for parts in self.parts]
+        for l, (layer, parts) in enumerate(zip(layers_of(self.hf, self.arch), self.parts, strict=True)):
             start = 0
             for p in parts:
                 (self._mixture if isinstance(p, Mixture) else self._dense)(l, layer, p, start)
@@ -172,7 +175,7 @@ class ByHand:
         for c in self.changes:
             if c.site != site or layer not in c.at: continue
             which, values = c.at[layer]
-            full = torch.zeros(widths(self.arch)[layer], dtype=torch.float64).index_copy(0, which, values.double()).to(x.dtype)
+            full = torch.zeros(self.widths[layer], dtype=torch.float64).index_copy(0, which, values.double()).to(x.dtype)
             on = torch.zeros(len(full), dtype=torch.bool).index_fill(0, which, True)
             x = torch.where(on[neurons] & c.where(layer, token)[:, None], _change[c.op](x, full[neurons]), x)
         return x
@@ -180,7 +183,7 @@ class ByHand:
     def product(self, l, n, neurons, token, pre, a, up):
         "What enters the down projection; the activations are kept first."
         got = dict(pre=pre, up=up, a=a, post=a*up)
-        if l not in self.seen: self.seen[l] = {k: torch.full((n, widths(self.arch)[l]), torch.nan, dtype=torch.float64) for k in got}
+        if l not in self.seen: self.seen[l] = {k: torch.full((n, self.widths[l]), torch.nan, dtype=torch.float64) for k in got}
         for k, x in got.items(): self.seen[l][k][token[:, None], neurons] = x.double()
         return self.changed(l, "post", self.changed(l, "gate", a, neurons, token)*up, neurons, token)
 
@@ -212,16 +215,22 @@ class ByHand:
         experts.forward = lambda *args: run(l, p, start, experts, *args)
 
     def _route(self, l, p, router, x):
-        bias, keep = torch.zeros(len(x), p.count, dtype=x.dtype), torch.ones(p.count, dtype=torch.bool)
+        bias, keep = torch.zeros(len(x), p.count, dtype=x.dtype), torch.ones(len(x), p.count, dtype=torch.bool)
         for c in self.changes:
             if c.site != "router" or l not in c.at: continue
-            which, values = c.at[l]
-            if c.op == "off": keep[which] = False
-            else: bias[:, which] += values.to(x.dtype)*c.where(l, torch.arange(len(x)))[:, None]
-        w, i = _routers[self.arch](router, x, keep.nonzero()[:, 0], bias)
+            (which, values), here = c.at[l], c.where(l, torch.arange(len(x)))[:, None]
+            if c.op == "off": keep[:, which] &= ~here
+            else: bias[:, which] += values.to(x.dtype)*here
+        w, i = self._by_keep(router, x, keep, bias)
         self.weights[l] = torch.full((len(x), p.count), torch.nan, dtype=torch.float64).scatter(1, i, w.double())
         if self.arch != "llama4": return None, w, i
         return torch.zeros(len(x), p.count, dtype=x.dtype).scatter(1, i, w), None
+
+    def _by_keep(self, router, x, keep, bias):
+        "The choice of every token: those with the same experts left are routed together."
+        if (keep == keep[:1]).all(): return _routers[self.arch](router, x, keep[0].nonzero()[:, 0], bias)
+        rows = [_routers[self.arch](router, x[[n]], keep[n].nonzero()[:, 0], bias[[n]]) for n in range(len(x))]
+        return tuple(torch.cat(o) for o in zip(*rows))
 
     def _loop(self, l, p, start, m, x, index, weights):
         "transformers' eager loop."
@@ -250,7 +259,9 @@ class ByHand:
         post = up*p.act(gate)
         for e in range(p.count):
             token = (~self.weights[l][:, e].isnan()).nonzero()[:, 0]
-            if len(token): post[e, token] = self.gate(l, p, start, n, gate_up[e, token], token, torch.full_like(token, e))
+            if not len(token): continue
+            rows = self.gate(l, p, start, n, gate_up[e, token], token, torch.full_like(token, e))
+            if any(l in c.at for c in self.changes): post[e, token] = rows
         return torch.bmm(post, m.down_proj).view(-1, x.shape[-1])
 
     @torch.no_grad()
@@ -292,7 +303,7 @@ class Truth:
 
 def truth_of(hand, batches, skip=1):
     "The truth over batches of token ids, of which the first `skip` positions are no text."
-    rows = [[] for _ in PARTS[hand.arch]]
+    rows = [[] for _ in hand.parts]
     for ids in batches:
         hand.run(ids)
         for l, seen in hand.seen.items():

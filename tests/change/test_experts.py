@@ -171,3 +171,108 @@ def test_families_positions_hold_in_the_models_own_generate(arch):
             hand.changes[:] = []
             with did.where(where).on(v.model): got = v.hf.generate(prompt[None], max_new_tokens=6, do_sample=False)[0]
             assert torch.equal(got[1 if arch == "mt5" else len(prompt):], want)
+
+
+# Experts as wholes
+
+def off_in(arch, l): return torch.tensor([(2*l + 1) % 4, (2*l + 2) % 4]) # two of four
+def mixtures_in(arch): return [l for l, parts in enumerate(PARTS[arch]) if any(isinstance(p, Mixture) for p in parts)]
+
+
+def experts_off(arch, v, which):
+    "Some experts off in every layer that has any, and the same by hand."
+    at = {l: which(arch, l) for l in mixtures_in(arch)}
+    return ablate(NeuronSet(pairs(at), v.layout.experts, "router")), [Change("off", {l: (w, torch.zeros(len(w))) for l, w in at.items()}, "router")]
+
+
+def favoured(arch, v, value):
+    "A number added to the logits of experts, and the same by hand."
+    at = {l: torch.tensor([0, 3]) for l in mixtures_in(arch)}
+    return (add(NeuronSet(pairs(at), v.layout.experts, "router"), value),
+            [Change("plus", {l: (w, torch.full((len(w),), value)) for l, w in at.items()}, "router")])
+
+
+@pytest.mark.parametrize("arch, implementation", [(a, i) for a, i in CASES if a in MIXTURES])
+def test_experts_off_equal_a_router_that_has_none_of_them(arch, implementation):
+    v, hand, _ = loaded(arch)
+    v.hf.config._experts_implementation = implementation
+    check_logits(v, hand, *experts_off(arch, v, lambda a, l: off_in(a, l)[:1]))
+    check_logits(v, hand, *experts_off(arch, v, off_in))
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_favoured_equal_a_bias_on_their_logits(arch):
+    v, hand, tok = loaded(arch)
+    for value in (2., -1.5): check_logits(v, hand, *favoured(arch, v, value))
+    (a, more), (b, other) = favoured(arch, v, 1.), edits(arch, v) # neurons and experts in one intervention
+    check_logits(v, hand, a + b, more + other)
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_off_generate_as_by_hand(arch):
+    v, hand, tok = loaded(arch)
+    did, changes = experts_off(arch, v, off_in)
+    for use_cache in (True, False): check_texts(v, hand, tok, did, lambda n: changes, use_cache)
+    did, changes = favoured(arch, v, 3.)
+    for where in ("prompt", "generated", "last"):
+        check_texts(v, hand, tok, did.where(where), lambda n: [Change(c.op, c.at, c.site, placed(arch, where, n)) for c in changes])
+
+
+@pytest.fixture(scope="module", params=[dict(n_group=1, topk_group=1), dict(n_group=2, topk_group=1), dict(n_group=2, topk_group=2)], ids=str)
+def corrected(request):
+    "DeepSeek-V3 with eight experts in groups, and corrections that decide a lot."
+    both = [tiny_model("deepseek_v3", num_local_experts=8, n_routed_experts=8, **request.param) for _ in range(2)]
+    for hf, _ in both: hf.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([.5, -.4, .3, 0., -.2, .6, .1, -.1]))
+    return view(load_model(both[0][0], tokenizer=both[0][1])), ByHand(both[1][0], "deepseek_v3", parts=WIDE), both[0][1]
+
+
+WIDE = [PARTS["deepseek_v3"][0], [Mixture("mlp.experts", "mlp.gate", count=8), PARTS["deepseek_v3"][1][1]]]
+
+
+def test_experts_off_with_corrections_equal_a_router_that_has_none_of_them(corrected):
+    v, hand, tok = corrected
+    correction = v.hf.model.layers[1].mlp.gate.e_score_correction_bias
+    before, one = correction.clone(), torch.tensor([0, 5, 2])
+    off = NeuronSet([(1, int(e)) for e in one], v.layout.experts, "router")
+    changes = [Change("off", {1: (one, torch.zeros(3))}, "router")]
+    check_logits(v, hand, ablate(off), changes)
+    check_texts(v, hand, tok, ablate(off), lambda n: changes)
+    assert torch.equal(correction, before)
+    for value in (2., -2.): # the correction stays, behind the bias
+        check_logits(v, hand, add(off, value), [Change("plus", {1: (one, torch.full((3,), value))}, "router")])
+    assert torch.equal(correction, before)
+    with pytest.raises(RuntimeError, match="in the middle"), ablate(off).on(v.model): raise RuntimeError("in the middle")
+    assert torch.equal(correction, before)
+    two = NeuronSet([(1, 5), (1, 7)], v.layout.experts, "router")
+    with ablate(off).on(v.model):
+        within = correction.clone()
+        with ablate(two).on(v.model): pass
+        assert torch.equal(correction, within)
+    assert torch.equal(correction, before)
+    with pytest.raises(ValueError, match="only be off for all tokens"), ablate(off).where("prompt").on(v.model): pass
+    assert torch.equal(correction, before)
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_too_many_off_and_what_no_router_can_do_are_refused(arch):
+    v, hand, _ = loaded(arch)
+    l = mixtures_in(arch)[-1]
+    k = 1 if arch == "llama4" else 2
+    def chosen(*experts): return NeuronSet([(l, e) for e in experts], v.layout.experts, "router")
+    want = v.logits(torch.arange(5, 12)[None])
+    with ablate(chosen(*range(4 - k))).on(v.model): pass # the last that can be
+    for did in (ablate(chosen(*range(5 - k))), ablate(chosen(*range(4 - k))) + ablate(chosen(4 - k))):
+        with pytest.raises(ValueError, match=f"leaves {k - 1} experts in layer {l}, and every token there goes to {k}"), did.on(v.model): pass
+    for did in (set_to(chosen(0), 1.), amplify(chosen(0), by=2), amplify(chosen(0), to=.5)):
+        with pytest.raises(ValueError, match="switched off .ablate. or favoured by a number on its logit .add."), did.on(v.model): pass
+    assert torch.equal(v.logits(torch.arange(5, 12)[None]), want)
+
+
+def test_experts_off_at_different_positions_are_counted_apart():
+    v, hand, tok = loaded("mixtral")
+    a, b = (NeuronSet([(0, e)], v.layout.experts, "router") for e in (0, 1))
+    c = NeuronSet([(0, 2)], v.layout.experts, "router")
+    check_texts(v, hand, tok, (ablate(a) + ablate(b)).where("prompt") + ablate(c).where("generated"), lambda n: [
+        Change("off", {0: (torch.tensor([0, 1]), torch.zeros(2))}, "router", placed("mixtral", "prompt", n)),
+        Change("off", {0: (torch.tensor([2]), torch.zeros(1))}, "router", placed("mixtral", "generated", n))])
+    with pytest.raises(ValueError, match="leaves 1 experts in layer 0"), ((ablate(a) + ablate(b)).where("prompt") + ablate(c).where("last")).on(v.model): pass

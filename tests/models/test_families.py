@@ -55,6 +55,10 @@ def test_families_hooks_that_change_nothing_change_no_bit(arch, implementation):
         assert len(fired) == 3*len(points(model) + router)
         if type(model).__name__ == "HookedHF": assert state(hf) == before
         with torch.no_grad(): assert torch.equal(v.logits(IDS), own)
+        for n in (4, 7, 17) if arch in MIXTURES else (): # other numbers of rows for an expert round otherwise
+            ids = torch.arange(5, 5 + n)[None]
+            with torch.no_grad(): own = v.logits(ids)
+            with v.hooks([(*at, torch.clone) for at in points(model)]), torch.no_grad(): assert torch.equal(v.logits(ids), own)
 
 
 @pytest.mark.parametrize("arch", PARTS)
