@@ -71,7 +71,7 @@ def _here(v: ModelView, positions: str, layer: int, n: int, device) -> Tensor | 
     "Where an edit applies in the running forward pass of `n` positions."
     if positions == "all": return None
     if v.seq2seq and layer < v.layout.stacks[0][1]: return torch.full((1, n), positions == "prompt", device=device)
-    known = v.prompt if v.prompt is not None else v.prefill if v.offset else n
+    known = v.prompt + v.lead(layer) if v.prompt is not None else v.prefill if v.offset else n
     prompt = torch.as_tensor(known, device=device).reshape(-1, 1)
     at = v.offset + torch.arange(n, device=device)[None]
     return dict(prompt=at < prompt, generated=at >= prompt, last=at >= prompt - 1)[positions]
@@ -173,13 +173,22 @@ def _check_router(v: ModelView, e: Edit) -> None:
     if e.current is not None or not (e.op == "add" or e.op == "scale" and bool((e.value == 0).all())):
         raise ValueError(f"{e.name!r}: an expert as a whole can be switched off (ablate) or favoured by a number on its logit (add); its neurons "
                          "can be scaled and set: find them at the site 'gate'")
-    if e.op == "add": return
-    for layer, experts, _ in _chosen(e):
-        left, k = v.layout.part(layer, "experts").count - len(experts), v.top_k(layer)
-        if left < k: raise ValueError(f"{e.name!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; leave {k} or more")
-        if v.points(layer, "experts").corrections and e.positions != "all":
+    for layer, _, _ in _chosen(e):
+        if e.op == "scale" and v.points(layer, "experts").corrections and e.positions != "all":
             raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "
                              f"not for positions={e.positions!r}")
+
+def _check_left(v: ModelView, edits: list[Edit]) -> None:
+    "Refuse edits that together leave a token fewer experts than it goes to."
+    for places in (("all", "prompt", "last"), ("all", "generated", "last")): # the last token of a prompt, and what follows
+        mine, off = [e for e in edits if e.op == "scale" and e.positions in places], {}
+        for e in mine:
+            for layer, experts, _ in _chosen(e): off.setdefault(layer, set()).update(experts.tolist())
+        for layer, experts in off.items():
+            left, k = v.layout.part(layer, "experts").count - len(experts), v.top_k(layer)
+            if left >= k: continue
+            raise ValueError(f"{' + '.join(e.name for e in mine)!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; "
+                             f"leave {k} or more")
 
 def router_triples(v: ModelView, edits: list[Edit]) -> list[tuple[int, str, Callable]]:
     "Hooks on the routers' logits."
@@ -191,6 +200,7 @@ def router_triples(v: ModelView, edits: list[Edit]) -> list[tuple[int, str, Call
             return x if here is None else torch.where(here[:, None], x.view(-1, x.shape[-1]), logits.view(-1, x.shape[-1])).view_as(logits)
         return change
     for e in edits: _check_router(v, e)
+    _check_left(v, edits)
     return [(l, "experts.router_logits", changer(e, l, experts, values)) for e in edits for l, experts, values in _chosen(e)]
 
 @contextmanager

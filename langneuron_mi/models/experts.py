@@ -124,8 +124,8 @@ def _gate(self: ExpertPoints, compute: Callable, # the model's own
     return self.hook_post(compute(gate_up))
 
 @patch
-def _loop(self: ExpertPoints, x: Tensor, index: Tensor, weights: Tensor, gate: Callable) -> Tensor:
-    "transformers' loop over experts, with one call of the gate for all of them."
+def _loop(self: ExpertPoints, x: Tensor, index: Tensor, weights: Tensor, compute: Callable) -> Tensor:
+    "transformers' loop over experts, with one call of the hooks for all of them."
     module, hits = self.module, _hits(index, self.part.count)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     def linear(rows, name, e):
@@ -133,9 +133,11 @@ def _loop(self: ExpertPoints, x: Tensor, index: Tensor, weights: Tensor, gate: C
         if module.is_transposed: return rows @ w + b if module.has_bias else rows @ w
         return nn.functional.linear(rows, w, b)
     todo = [e for e, (_, token) in enumerate(hits) if len(token)]
-    post = gate(torch.cat([linear(x[hits[e][1]], name, e) for e in todo]))
+    sizes = [len(hits[e][1]) for e in todo]
+    def one_by_one(rows): return torch.cat([compute(r) for r in rows.split(sizes)]) # other rows at once would round otherwise
+    post = self._gate(one_by_one, torch.cat([linear(x[hits[e][1]], name, e) for e in todo]))
     out = torch.zeros_like(x)
-    for e, rows in zip(todo, post.split([len(hits[e][1]) for e in todo])):
+    for e, rows in zip(todo, post.split(sizes)):
         k, token = hits[e]
         y = linear(rows, "down_proj", e)
         if module.has_post_expert_norm: y = module.post_expert_norm(y)
@@ -163,7 +165,7 @@ def _run(self: ExpertPoints, *args, **kwargs) -> Tensor:
     compute = getattr(self.module, name)
     def gate(gate_up): return self._gate(compute, gate_up)
     try:
-        if kind == "eager": return self._loop(x, index, weights, gate)
+        if kind == "eager": return self._loop(x, index, weights, compute)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
         return _instead(self.module, name, gate, lambda: ALL_EXPERTS_FUNCTIONS[kind](self.module, x, index, weights))
     finally: self.routing = None
@@ -180,7 +182,8 @@ def _run_all(self: ExpertPoints, hidden: Tensor) -> Tensor:
     self.routing = Routing(token, expert, self.scores[token, expert], len(self.scores), True)
     try:
         self.hook_expert_indices(index), self.hook_expert_weights(self.scores.gather(1, index))
-        gate, up = (_through(p, x, expert, token) for p, x in ((self.hook_pre, gate), (self.hook_pre_linear, up)))
+        new_gate, new_up = (_through(p, x, expert, token) for p, x in ((self.hook_pre, gate), (self.hook_pre_linear, up)))
+        if new_gate is not gate or new_up is not up: gate, up = torch.cat([new_gate, new_up], -1).chunk(2, dim=-1)
         post = _through(self.hook_post, up*module.act_fn(gate), expert, token)
     finally: self.routing = None
     return torch.bmm(post, module.down_proj).view(-1, hidden.shape[-1])

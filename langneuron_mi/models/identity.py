@@ -51,11 +51,15 @@ def _told(cfg, name: str):
     try: return getattr(cfg, name, None)
     except Exception: return None
 
+def _in_order(x):
+    "A dict by its keys: the file of a saved config holds them sorted."
+    return {k: _in_order(x[k]) for k in sorted(x)} if isinstance(x, dict) else x
+
 def _config_facts(v: ModelView) -> list:
     "What decides the model's function beside its weights."
     cfg = v.hf.config if v.hf is not None and hasattr(v.hf, "config") else v.cfg
     acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(*at) for at in v.parts)]
-    return [{k: str(x) for k in _function if (x := _told(cfg, k)) is not None}, acts]
+    return [{k: str(_in_order(x)) for k in _function if (x := _told(cfg, k)) is not None}, acts]
 
 def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
     "Name, shape and checksums of every weight."

@@ -48,13 +48,13 @@ def _as_before(hf: torch.nn.Module):
     "A block that may fail half-way: the model's modules, methods and attention are as before then."
     def copied(x): return x.copy() if isinstance(x, dict) else x
     kept = [(m, {k: copied(x) for k, x in m.__dict__.items()}) for m in hf.modules()]
-    attention = getattr(hf.config, "_attn_implementation", None)
+    attention, architectures = (getattr(hf.config, k, None) for k in ("_attn_implementation", "architectures"))
     try: yield
     except Exception:
         for m, fields in kept:
             m.__dict__.clear()
             m.__dict__.update(fields)
-        hf.config._attn_implementation = attention
+        hf.config._attn_implementation, hf.config.architectures = attention, architectures
         raise
 
 @torch.no_grad()

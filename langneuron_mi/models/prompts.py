@@ -55,7 +55,7 @@ def _following(self: ModelView, use_cache: bool = True):
     seen = 0
     def before(module, args, kwargs):
         self.offset = 0 if (past := kwargs.get("past_key_values")) is None else int(past.get_seq_length())
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
         if not self.offset and ids is not None: self.prefill = ids.shape[1]
     def first(x): # HookedTransformer
         nonlocal seen
@@ -76,7 +76,7 @@ def _following(self: ModelView, use_cache: bool = True):
 def _continue_batch(self: ModelView, ids: Tensor, mask: Tensor, **options) -> list[str]:
     "What Hugging Face's `generate` adds to each row."
     options = dict(pad_token_id=self.tokenizer.pad_token_id or 0) | options
-    with self.at(1 if self.seq2seq else ids.shape[1]), self._following():
+    with self.at(0 if self.seq2seq else ids.shape[1]), self._following(): # the start token of a decoder counts as prompt
         out = self.hf.generate(input_ids=ids, attention_mask=mask, **options)
     return self.tokenizer.batch_decode(out[:, 1 if self.seq2seq else ids.shape[1]:], skip_special_tokens=True)
 

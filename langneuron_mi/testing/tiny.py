@@ -101,6 +101,7 @@ def tiny_model(arch: str, # one of `ARCHS`
     ids = dict(vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     cfg = getattr(tf, name)(**(ids | sizes | config))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed) # of the vectors that a model draws itself
         auto = tf.AutoModelForSeq2SeqLM if getattr(cfg, "is_encoder_decoder", False) else tf.AutoModelForCausalLM
         hf = auto.from_config(cfg, dtype=torch.float32).eval()
         gen = torch.Generator().manual_seed(seed)
