@@ -69,6 +69,7 @@ docs: venv ## build the site into _docs and check its links
 bench: venv ## speed and memory beside peers, to benchmarks/results.json
 	@$(BIN)/python benchmarks/bench.py
 	@$(BIN)/python benchmarks/ray_bench.py
+	@$(BIN)/python benchmarks/experts.py
 
 bench-gpu: venv ## the recorder on one GPU with an 8B Llama shape, to benchmarks/results_gpu.json
 	@$(BIN)/python benchmarks/gpu.py

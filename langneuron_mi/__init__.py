@@ -49,6 +49,7 @@ _names = {
     "studies.amplification": ["AmplificationStudy"],
     "studies.transfer": ["TransferStudy"],
     "studies.comparison_report": ["write_report"],
+    "testing.families": ["families_text", "model_families"],
     "testing.planted": ["planted_model"],
 }
 _where = {name: module for module, names in _names.items() for name in names}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'Source', 'demo', 'compare', 'record', 'identify', 'perplexity', 'steer', 'share', 'Change', 'eval_',
-           'tune', 'report', 'info', 'main']
+           'tune', 'report', 'info', 'models', 'main']
 
 # %% ../nbs/90_cli.ipynb #e05df8c6
 import os
@@ -27,6 +27,7 @@ def _langs(text: str) -> list[str]:
 class Source:
     "Where text and model come from."
     held_out: float = .1 # share of the texts kept for measuring
+    text_field: str = "text" # .jsonl, .parquet, hub: where the text, or the conversation, is
     revision: str = "" # of a hub id
 
 @passes(fields=lambda: [door.Experiment])
@@ -72,7 +73,7 @@ def record(
     from langneuron_mi.text.sources import load_corpus
     how = Recording(**recording | _groups(recording))
     there = Source(**source)
-    train, _ = load_corpus(corpus, named).split(there.held_out, seed=how.seed)
+    train, _ = load_corpus(corpus, named, text_field=there.text_field).split(there.held_out, seed=how.seed)
     where = _on_ray(model, there.revision, cluster) if engine == "ray" else _here(model, there.revision)
     stats = record(corpus=train, recording=how, out=out, **where)
     return f"{sum(stats.n_tokens.values()):,} tokens of {', '.join(stats.langs)} counted: {out.rstrip('/')}/stats.safetensors"
@@ -111,12 +112,15 @@ def identify(
     options: dict, # of the method
     method: str = "lape", # lape, lambda_score, activation_probability, average_precision, plnd or language_activated
     best: int = 0, # keep each language's best so many; 0 = all
+    units: str = "neurons", # or experts: those of a mixture, as wholes
 ):
-    "Find each language's neurons with one of six methods"
+    "Find each language's neurons, or experts, with one of six methods"
+    if units not in ("neurons", "experts"): raise ValueError(f"no units {units!r}; allowed are neurons and experts")
     if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
     from langneuron_mi.studies.study import METHODS, check_method
     check_method(method, options)
-    neurons = METHODS[method](_stats(stats), **options)
+    recorded = _stats(stats)
+    neurons = METHODS[method](door.experts_of(recorded) if units == "experts" else recorded, **options)
     if best: neurons = neurons.best(best)
     neurons.save(out)
     return ", ".join(f"{l} {len(s)}" for l, s in neurons.items()) + f": {out}"
@@ -147,7 +151,7 @@ def perplexity(
     from langneuron_mi.measure.perplexity import Measured, perplexity_matrix
     from langneuron_mi.text.sources import load_corpus
     how, there = Measured(**measured), Source(**source)
-    _, text = load_corpus(corpus, langs).split(there.held_out, seed=how.seed)
+    _, text = load_corpus(corpus, langs, text_field=there.text_field).split(there.held_out, seed=how.seed)
     sets = [found, *(_control(found, how.seed, i) for i in range(controls))]
     kept = Path(out).with_suffix(".rows")  # finished rows are kept there
     df = perplexity_matrix(**_here(model, there.revision), corpus=text, interventions=sets, measured=how, out=kept).to_df()
@@ -287,7 +291,15 @@ def info(
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
-_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info)
+def models(
+    only: str = "", # names of architectures, with commas; all when not given
+):
+    "Try every architecture, tiny and random, and say what works on it"
+    from importlib.metadata import version
+    names = [n.strip() for n in only.split(",") if n.strip()] or None
+    return f"TransformerLens {version('transformer-lens')}\n\n{door.families_text(door.model_families(names))}"
+
+_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info, models)
 commands = {f.__name__.strip("_"): f for f in _all}
 
 # %% ../nbs/90_cli.ipynb #785eaefc

@@ -168,12 +168,6 @@ def _chosen(e: Edit) -> Iterator[tuple[int, Tensor, Tensor]]: # layer, experts, 
         if n: yield layer, e.neurons.neurons_in(layer), e.value[start:start + n]
         start += n
 
-def _top_k(v: ModelView, layer: int) -> int:
-    "Experts that a token goes to; 1 where the model does not tell."
-    router, cfg = v.points(layer, "experts").part.router, v.hf.config.get_text_config()
-    names = ((router, "top_k"), (cfg, "num_experts_per_tok"), (cfg, "top_k_experts"), (cfg, "moe_k"))
-    return next((k for o, n in names if isinstance(k := getattr(o, n, None), int)), 1)
-
 def _check_router(v: ModelView, e: Edit) -> None:
     "Refuse what cannot be done to a router."
     if e.current is not None or not (e.op == "add" or e.op == "scale" and bool((e.value == 0).all())):
@@ -181,7 +175,7 @@ def _check_router(v: ModelView, e: Edit) -> None:
                          "can be scaled and set: find them at the site 'gate'")
     if e.op == "add": return
     for layer, experts, _ in _chosen(e):
-        left, k = v.layout.part(layer, "experts").count - len(experts), _top_k(v, layer)
+        left, k = v.layout.part(layer, "experts").count - len(experts), v.top_k(layer)
         if left < k: raise ValueError(f"{e.name!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; leave {k} or more")
         if v.points(layer, "experts").corrections and e.positions != "all":
             raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "

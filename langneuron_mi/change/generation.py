@@ -23,6 +23,7 @@ from ..core.settings import takes
 from ..text.identifier import _identifier
 from .interventions import Intervention
 from ..text.languages import UnknownLanguage, language
+from ..models.chat import Asking, Prompt
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..core.statistics import Estimate, bootstrap_mean, bootstrap_share
@@ -136,7 +137,7 @@ def show(self: Generations, n: int = 4, lang: str | None = None):
 
 # %% ../../nbs/change/05_generation.ipynb #5cd149eb
 @dataclass(frozen=True)
-class Writing:
+class Writing(Asking):
     "How continuations are written."
     max_new_tokens: int = 30 # of each continuation
     do_sample: bool = False # greedy by default
@@ -147,7 +148,7 @@ class Writing:
 class Unwritten:
     "Prompts that one intervention and one seed continue."
     intervention: Intervention
-    prompts: list[str]
+    prompts: list[Prompt]
     seed: int
 
 def continuations(v: ModelView, common: tuple, # how they are written, and Hugging Face's options
@@ -213,7 +214,8 @@ def generate_texts(model, # a hooked model
             raise ValueError("one continuation a prompt: give several seeds= instead of num_return_sequences")
         asked = {lang: [(b, p) for b, ps in prompts.items() for p in ps if own or b != lang] for _, _, lang in todo}
         keys = [(*k, seed) for k in todo for seed in (writing.seeds if writing.do_sample else (0,))]
-        parts = [Unwritten(todo[key[:3]], [p for _, p in asked[key[2]]], key[3]) for key in keys]
+        put = {lang: writing.put(v, [p for _, p in pairs]) for lang, pairs in asked.items()}
+        parts = [Unwritten(todo[key[:3]], put[key[2]], key[3]) for key in keys]
         work = Work(continuations, parts, common=lambda part: (writing, kwargs), size=lambda part: len(part.prompts),
                     name="generating", unit="text", label=lambda part: part.intervention.name, keep=_keep(writing, kwargs))
         for (factor, kind, lang, seed), texts in zip(keys, session.map(work), strict=True):
@@ -221,4 +223,4 @@ def generate_texts(model, # a hooked model
             rows += [_row(about | dict(base=b, prompt=p), text, same) for (b, p), text in zip(asked[lang], texts, strict=True)]
         facts = dict(max_new_tokens=writing.max_new_tokens, do_sample=writing.do_sample, same=dict(same),
                      identifier=f"py3langid {metadata.version('py3langid')}", second="lid.176 lite" if _lid176() else None)
-        return Generations(pd.DataFrame(rows, columns=_COLUMNS), provenance(**v.describe()) | facts)
+        return Generations(pd.DataFrame(rows, columns=_COLUMNS), provenance(**v.describe()) | facts | writing.facts(v))

@@ -132,6 +132,13 @@ def place(self: Layout,
     raise AssertionError("`check` lets no pad through")
 
 @patch
+def neuron_name(self: Layout, layer: int, neuron: int) -> str: # "layer 3, neuron 17", or "layer 3, expert 5, neuron 17"
+    "What people call a neuron."
+    part, index = self.place(layer, neuron)
+    where = f"{'' if self.stacks else 'layer '}{self.layer_name(layer)}"
+    return f"{where}, neuron {index}" if len(self.layers[layer]) == 1 and part == "mlp" else f"{where}, {part}, neuron {index}"
+
+@patch
 def check(self: Layout, layer: int, neuron: int) -> None:
     "Refuse a neuron that does not exist."
     if not 0 <= layer < self.n_layers:

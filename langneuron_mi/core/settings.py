@@ -9,8 +9,8 @@ __all__ = ['engines', 'unknown', 'parse', 'annotations', 'from_mapping', 'check_
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import wraps
 
@@ -106,7 +106,7 @@ def takes(**concerns: type, # dataclass of each settings argument, by the argume
                 given = given | {argument: whole}
             return _call(f, own, given)
         inner.__signature__ = _signature(own, concerns)
-        _chain(inner, f, [*concerns.values()])
+        _chain(inner, f, concerns.values())
         return inner
     return wrap
 
@@ -149,11 +149,16 @@ def _signature(own: inspect.Signature, concerns: Mapping[str, type]) -> inspect.
     whole = [P(n, P.KEYWORD_ONLY, default=None, annotation=cls) for n, cls in concerns.items()]
     return own.replace(parameters=[*before, *named, *each, *whole, *last])
 
-def _chain(inner: Callable, f: Callable, classes: list[type]) -> None:
+def _links(classes: Iterable[type]) -> list[type]:
+    "Each settings class and those that it extends, as links of one function's own chain: the classes themselves are shared by many."
+    each = dict.fromkeys(b for c in classes for b in c.__mro__ if is_dataclass(b))
+    place = [{k: vars(c)[k] for k in ("__module__", "__firstlineno__") if k in vars(c)} for c in each]
+    return [type(c.__name__, (c,), where | dict(__qualname__=c.__qualname__)) for c, where in zip(each, place)]
+
+def _chain(inner: Callable, f: Callable, classes: Iterable[type]) -> None:
     "Where documentation finds the comments of the fields (fastcore's `docments` follows this)."
-    inner.__delwrap__ = f
-    for a, b in zip([f, *classes], classes):
-        if "__delwrap__" not in vars(a): a.__delwrap__ = b
+    links = [inner, f, *_links(classes)]
+    for a, b in zip(links, links[1:]): a.__delwrap__ = b
 
 # %% ../../nbs/core/04_settings.ipynb #defff68a
 engines: dict[str, Callable] = {} # a word -> makes the engine

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..models.chat import Asking
+from ..models.hooked import ModelView
 from ..models.view import view
 from .scoring import common_start, score
 
@@ -22,12 +24,28 @@ class Continuations:
     rest: list[list[int]] # of each text, what comes after the prefix
     merged: bool # does a text merge the prompt's last token with its own?
 
+def _in_turn(v: ModelView, prompt: str, texts: list[str], asking: Asking) -> Continuations:
+    "Texts that begin with a prompt, as answers to it: none takes a token of its turn."
+    put, rest = asking.put(v, [prompt])[0], []
+    for t in texts:
+        if not t.startswith(prompt) or not t[len(prompt):].strip(): raise ValueError(f"{t!r} adds nothing to the prompt {prompt!r}")
+        before, said = v.answer_ids(put, t[len(prompt):])
+        _check_length(v, t, len(before) + len(said))
+        rest.append(said)
+    return Continuations(v.prompt_ids(put), rest, False)
+
+def _check_length(v: ModelView, text: str, n: int) -> None:
+    "Refuse what does not fit the context."
+    if n > v.n_ctx: raise ValueError(f"the text {text[:60]!r} … has {n} tokens; the context of {v.model_id} is {v.n_ctx}")
+
 def tokenize(model, # a hooked model
              prompts: list[str],
              texts: list[list[str]], # for each prompt, full texts that begin with it
+             asking: Asking = Asking(), # how the prompts are put
             ) -> list[Continuations]:
     "Split texts into what they share and what is scored."
     v = view(model)
+    if asking.chat: return [_in_turn(v, p, ts, asking) for p, ts in zip(prompts, texts, strict=True)]
     bos = [] if v.bos_token_id is None else [v.bos_token_id]
     def ids(ts): return [bos + r for r in v.tokenizer(ts, add_special_tokens=False).input_ids] if ts else []
     flat, out = iter(ids([t for ts in texts for t in ts])), []
@@ -39,8 +57,7 @@ def tokenize(model, # a hooked model
             raise ValueError(f"the prompt {prompt!r} leaves no token to start from; give a longer prompt, or a model with a BOS token")
         if bad := [t for t, b, c in zip(ts, bodies, cuts) if len(b) <= c]:
             raise ValueError(f"{bad[0]!r} adds no token to the prompt {prompt!r}")
-        if longest > v.n_ctx:
-            raise ValueError(f"the text {ts[0][:60]!r} … has {longest} tokens; the context of {v.model_id} is {v.n_ctx}")
+        _check_length(v, ts[0], longest)
         out.append(Continuations(heads[:shared], [b[shared:] for b in bodies], shared < len(heads)))
     return out
 

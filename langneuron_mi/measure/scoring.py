@@ -139,9 +139,10 @@ def _window(v: ModelView) -> int:
 def _unique(pairs: list, max_length: int, placed: bool) -> tuple[list[Row], list[Row]]:
     "A row for each pair, numbered by its input, and every input once, with all positions that its pairs score."
     numbers, rows, whole = {}, [], {}
-    for context, continuation in pairs:
+    for context, continuation, *still in pairs:
         r = _row(context, continuation, max_length)
-        r = Row(numbers.setdefault((r.ids, r.prompt if placed else 0), len(numbers)), r.ids, r.prompt, r.start)
+        prompt = r.prompt + sum(still)
+        r = Row(numbers.setdefault((r.ids, prompt if placed else 0), len(numbers)), r.ids, prompt, r.start)
         rows.append(r)
         if r.n not in whole or r.start < whole[r.n].start: whole[r.n] = r
     return rows, list(whole.values())
@@ -158,7 +159,7 @@ def _batches(groups: list, batch_size: int) -> Iterable[list]:
 
 # %% ../../nbs/measure/00_scoring.ipynb #cadeeb03
 def score(v: ModelView,
-          pairs: list, # (context, continuation), token ids
+          pairs: list, # (context, continuation), token ids; or a third, how many tokens of the continuation are still prompt
           *, intervention: Intervention = Intervention(),
           batch_size: int = 16, # rows at a time
           max_length: int | None = None, # tokens of input; the model's own by default
@@ -166,6 +167,7 @@ def score(v: ModelView,
           done: Callable = lambda i, answer: None, # called for every pair as its answer is there
          ) -> dict: # work: tokens run, tokens that sharing saved, positions with logits
     "Log-likelihood of each continuation, and whether it is what greedy decoding would write."
+    v.decoder_only("scoring a continuation")
     if placed is None: placed = any(e.positions != "all" for e in intervention.edits)
     short = _window(v) if v.has_head else 0
     def share(a, b): return max(len(a.ids), len(b.ids)) < short and (a.prompt == b.prompt or not placed)

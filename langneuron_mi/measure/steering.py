@@ -18,6 +18,7 @@ import torch
 from ..core.fingerprints import provenance
 from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import check_at_least, takes
+from ..models.chat import Asking
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..recording.stats import ActivationStats
@@ -129,10 +130,10 @@ class _Asked:
     tokens: list[Continuations] # of the base's and the target's text
     counts: dict
 
-def _ask(v: ModelView, probes: Probes, base: str, target: str, n: int | None, seed: int) -> _Asked:
+def _ask(v: ModelView, probes: Probes, base: str, target: str, n: int | None, seed: int, asking: Asking = Asking()) -> _Asked:
     "The prompts of one pair of languages."
     items = probes.items(base, target, n, seed)
-    tokens = tokenize(v, [r.prompt for r in items], [[r.text_base, r.text_target] for r in items])
+    tokens = tokenize(v, [r.prompt for r in items], [[r.text_base, r.text_target] for r in items], asking)
     counts = dict(base=base, target=target, n=len(items), n_equal=items.n_equal, n_missing=items.n_missing,
                   n_no_template=items.n_no_template, n_merged=sum(c.merged for c in tokens))
     return _Asked([(r.fact, r.relation) for r in items], tokens, counts)
@@ -154,7 +155,7 @@ def _items(scorer: Scorer, asked: dict, todo: dict) -> tuple[pd.DataFrame, dict]
 
 # %% ../../nbs/measure/09_steering.ipynb #0d4c9532
 @dataclass(frozen=True)
-class Steered:
+class Steered(Asking):
     "How Language Steering Shift is measured."
     bases: Iterable[str] | str | None = None # languages of the prompts; default: those of the probes that have neurons
     targets: Iterable[str] | str | None = None # languages to steer to; default: all that have neurons
@@ -165,7 +166,9 @@ class Steered:
     text_tokens: int = 500 # of held-out text per language, for the cost
     batch_size: int = 64 # prompts per forward pass
 
-    def __post_init__(self): check_at_least(self, controls=0)
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(self, controls=0)
 
     @property
     def kinds(self) -> list[str]: return ["own", *[f"random {self.seed + i}" for i in range(self.controls)]]
@@ -203,10 +206,10 @@ def lss(model, # a hooked model
         if not pairs: raise ValueError("no pair of different languages: name a base that is not the only target")
         todo = {(f, kind, b, t): _intervention(make[f], neurons, kind, b, t).where(s.positions)
                 for f in make for t in targets for kind in s.kinds for b in bases if b != t}
-        asked = {pair: _ask(v, probes, *pair, s.n, s.seed) for pair in pairs}
+        asked = {pair: _ask(v, probes, *pair, s.n, s.seed, s) for pair in pairs}
         items, work = _items(Scorer(session, s.batch_size), asked, todo)
         facts = provenance(**v.describe()) | dict(probes=probes.fingerprint, source=probes.source, seed=s.seed, positions=s.positions,
-                                                  neurons=getattr(neurons, "fingerprint", None))
+                                                  neurons=getattr(neurons, "fingerprint", None)) | s.facts(v)
         edits = {(f, k, t): _intervention(make[f], neurons, k, None, t) for f in make for t in targets for k in s.kinds}
     cost = _cost(model, edits, text, s, neurons, run)
     return Steering(items, pd.DataFrame([a.counts for a in asked.values()], columns=COUNT_COLUMNS), cost, work, facts)

@@ -23,6 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 
+from ..models.chat import Asking
 from ..text.languages import UnknownLanguage, language
 
 # %% ../../nbs/measure/10_task_data.ipynb #4d70ee76
@@ -294,13 +295,14 @@ def task_lang(task: str, # name
 
 # %% ../../nbs/measure/10_task_data.ipynb #4f5ce09a
 @dataclass(frozen=True)
-class Items:
+class Items(Asking):
     "Which items of the tasks are asked."
     limit: int | None = None # first items of each task; None = all
     num_fewshot: int | None = None # examples in every prompt; the task's own number by default
     data_dir: Files = None # local data: a folder, or {task: files}; the hub by default
 
     def __post_init__(self):
+        super().__post_init__()
         if self.limit is not None and self.limit < 1: raise TaskError(f"limit is a number of items, 1 or more; got {self.limit}")
 
 @dataclass(frozen=True)

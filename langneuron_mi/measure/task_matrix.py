@@ -256,10 +256,10 @@ def evaluate_matrix(model, # a hooked model
     loaded = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks, items.data_dir, items.num_fewshot)
     where, scores = _task_langs(loaded, scoring.langs), {}
     with open_session(model, view, run) as session:
-        plain = run_tasks(session, loaded, None, items.limit, passes)
+        plain = run_tasks(session, loaded, None, items, passes)
         metric = _metric(plain, scoring.metric)
         for row, i in {NONE: None, **rows}.items():
-            r = plain if row == NONE else run_tasks(session, loaded, i, items.limit, passes)
+            r = plain if row == NONE else run_tasks(session, loaded, i, items, passes)
             for t in loaded:
                 if _hashes(r, t) != _hashes(plain, t): raise TaskError(f"{t}: the items changed between two runs")
                 scores[*row, t] = r.scores(t, metric).to_numpy()

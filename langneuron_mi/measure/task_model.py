@@ -19,6 +19,7 @@ from ..core.fingerprints import fingerprint
 from ..core.engine import Run, Session, Work, open_session
 from ..core.settings import takes
 from ..change.interventions import Intervention, check_model
+from ..text.conversations import ChatError, written
 from ..models.hooked import ModelView
 from ..models.loading import load_model
 from ..models.view import view
@@ -89,6 +90,7 @@ class LangNeuronLM(TemplateLM):
         self.intervention = intervention or words.intervention()
         for e in self.intervention.edits: check_model(e.neurons, self.view)
         self.batch_size, self._max_length, self.tokenizer = passes.rows, passes.max_length, self.view.tokenizer
+        self.system, self.templated, self.left_out = None, False, 0
         self.truncated, self.work = 0, dict(tokens=0, saved=0, positions=0, requests=0, kept=0)
         self.kept = _kept(self)
 
@@ -117,7 +119,9 @@ def max_gen_toks(self: LangNeuronLM) -> int: return 256
 def device(self: LangNeuronLM): return self.view.device
 
 @patch(as_prop=True)
-def tokenizer_name(self: LangNeuronLM) -> str: return self.view.model_id.replace("/", "__")
+def tokenizer_name(self: LangNeuronLM) -> str:
+    name, template = self.view.model_id.replace("/", "__"), getattr(self.tokenizer, "chat_template", None)
+    return f"{name}-{fingerprint(template)}" if template else name # lm-eval keeps what a template has written under this name
 
 def _max_length(v: ModelView) -> int:
     "The context length, as lm-eval finds it."
@@ -147,9 +151,21 @@ def _encode(lm: LangNeuronLM, string: str, add_special_tokens: bool | None) -> l
 
 @patch
 def apply_chat_template(self: LangNeuronLM, chat_history: list, add_generation_prompt: bool = True) -> str:
-    "A conversation as the model's own template writes it."
-    return self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                              continue_final_message=not add_generation_prompt)
+    "A conversation as the model's own template writes it; lm-eval calls this where chat templates are asked for."
+    self.templated, how = True, (add_generation_prompt, not add_generation_prompt)
+    try: return written(self.tokenizer, chat_history, *how)
+    except ChatError:
+        others = [m for m in chat_history if m["role"] != "system"]
+        if self.system is not None or len(others) == len(chat_history): raise
+        text = written(self.tokenizer, others, *how)
+        self.left_out += 1
+        return text
+
+def _still_prompt(lm: LangNeuronLM, context: str | None, before: list[int], after: list[int]) -> int:
+    "How many tokens of a continuation the template wrote: lm-eval moves white space at the end of a context there."
+    if not lm.templated or not context or context == context.rstrip(): return 0
+    whole = lm.tok_encode(context)
+    return len(whole) - len(before) if whole == (before + after)[:len(whole)] else 0
 
 # %% ../../nbs/measure/12_task_model.ipynb #62fc36ec
 _BATCHES = 16 # of a part
@@ -157,7 +173,7 @@ _BATCHES = 16 # of a part
 @dataclass(frozen=True)
 class Asked:
     "Requests that are scored together."
-    pairs: list[tuple[list[int], list[int]]] # (context, continuation), token ids
+    pairs: list[tuple[list[int], list[int], int]] # context and continuation, token ids; how much of the continuation is still prompt
     intervention: Intervention
     batch_size: int # rows at a time
     max_length: int # tokens of input
@@ -197,8 +213,10 @@ def _likelihoods(lm: LangNeuronLM, requests: list) -> list[tuple[float, bool]]:
     "Answers to ((texts), context, continuation) requests."
     _check_requests(lm, requests)
     lm.truncated += sum(len(c) + len(x) > lm.max_length + 1 for _, c, x in requests)
-    keys = [answer_key("loglikelihood", c, x) for _, c, x in requests]
-    new = {k: (list(c), list(x)) for k, (_, c, x) in zip(keys, requests) if k not in lm.kept.rows}
+    placed = any(e.positions != "all" for e in lm.intervention.edits)
+    still = [_still_prompt(lm, texts[0], c, x) if placed else 0 for texts, c, x in requests]
+    keys = [answer_key("loglikelihood", c, x, *([n] if n else [])) for (_, c, x), n in zip(requests, still)]
+    new = {k: (list(c), list(x), n) for k, (_, c, x), n in zip(keys, requests, still) if k not in lm.kept.rows}
     todo = _parts(sorted(new, key=lambda k: new[k][0] + new[k][1]), _BATCHES*lm.batch_size)
     parts = [Asked([new[k] for k in names], lm.intervention, lm.batch_size, lm.max_length) for names in todo]
     _answer(lm, Work(pair_answers, parts, size=lambda part: len(part.pairs), name="log-likelihoods", unit="request",
@@ -219,7 +237,6 @@ def _rolling(lm: LangNeuronLM, requests: list) -> list[float]:
 @dataclass(frozen=True)
 class Prompted:
     "Contexts that are continued together."
-    contexts: list[str]
     rows: list[list[int]] # their tokens, cut from the left where they are too long
     until: list[str] # where a text ends
     max_new: int # tokens of each text
@@ -243,7 +260,9 @@ def text_answers(v: ModelView, common, part: Prompted, tick: Callable[[int], Non
                 out = v.hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=part.max_new, stopping_criteria=stops,
                                     pad_token_id=pad, use_cache=True, **part.options)
             texts = [v.tokenizer.decode(r, skip_special_tokens=True) for r in out[:, ids.shape[1]:].tolist()]
-        else: texts = v.generate(part.contexts, part.max_new, do_sample=part.options.get("do_sample", False))
+        else:
+            how = dict(max_new_tokens=part.max_new, do_sample=part.options.get("do_sample", False)) | v.stops_at(v.ends_of_turn())
+            texts = v.continue_ids(*_pad(part.rows, True, v.device), **how)
     return Answered([postprocess_generated_text(t, part.until, None) for t in texts], dict(tokens=sum(map(len, part.rows))))
 
 # %% ../../nbs/measure/12_task_model.ipynb #3d80945d
@@ -275,7 +294,7 @@ def _prompted(lm: LangNeuronLM, batch: Sequence[_Request]) -> Prompted:
     if not options.get("do_sample"): options.pop("temperature", None)
     room = lm.max_length - max_new
     if room < 1: raise TaskError(f"{max_new} new tokens do not fit into the context of {lm.max_length}; ask for fewer (max_gen_toks)")
-    return Prompted([r.context for r in batch], [r.row[-room:] for r in batch], until, max_new, options, lm.intervention)
+    return Prompted([r.row[-room:] for r in batch], until, max_new, options, lm.intervention)
 
 def _texts(lm: LangNeuronLM, requests: list) -> list[str]:
     "Continuations up to a stop sequence."

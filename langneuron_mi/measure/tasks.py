@@ -105,14 +105,18 @@ def _frames(name: str, task, found: dict, truncated: int) -> tuple[list[dict], l
     return metrics, items
 
 # %% ../../nbs/measure/13_tasks.ipynb #d0d68267
-def _run_task(lm: LangNeuronLM, name: str, task, limit: int | None) -> tuple[list[dict], list[dict]]:
+def _run_task(lm: LangNeuronLM, name: str, task, items: Items) -> tuple[list[dict], list[dict]]:
     "One task, through lm-eval's own evaluation."
     from lm_eval.evaluator import evaluate as lm_evaluate
     task.set_fewshot_seed(seed=1234)  # lm-eval's default: the same examples every time
-    before = lm.truncated
+    before, without, lm.system = lm.truncated, lm.left_out, items.system
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = lm_evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
+        found = lm_evaluate(lm, {"tasks": {name: task}}, limit=items.limit, bootstrap_iters=0, log_samples=True,
+                            apply_chat_template=items.chat, system_instruction=items.system)
+    if gone := lm.left_out - without:
+        warnings.warn(f"{name}: the chat template takes no system message, so the task's description is left out of {gone} prompts, "
+                      "as lm-eval does", stacklevel=6)
     if cut := lm.truncated - before:
         warnings.warn(f"{name}: {cut} requests are longer than the context of {lm.max_length} tokens and were cut from the left, "
                       "as lm-eval does", stacklevel=6)
@@ -125,19 +129,19 @@ def _task_facts(task, items: list[dict]) -> dict:
                 local=task.get_config("custom_dataset") is not None, items=fingerprint([r["hash"] for r in items]))
 
 def run_tasks(session: Session, tasks: Mapping, # lm-eval's tasks by name
-              intervention: Intervention | None, limit: int | None, passes: Passes) -> TaskResults:
+              intervention: Intervention | None, items: Items, passes: Passes) -> TaskResults:
     "Tasks in an open session: several interventions share what an engine has started."
     v, run = session.view, Run(session.folder, session.progress)
     v.untouched("an evaluation")
     lm, start = LangNeuronLM(v, intervention, passes=passes, run=run), time.perf_counter()
     lm.session, lm.kept.saved = session, session.saved
-    found = {name: _run_task(lm, name, task, limit) for name, task in tasks.items()}
-    facts = provenance(**v.describe(), intervention=lm.intervention.name, edits=lm.intervention.fingerprint, limit=limit,
+    found = {name: _run_task(lm, name, task, items) for name, task in tasks.items()}
+    facts = provenance(**v.describe(), intervention=lm.intervention.name, edits=lm.intervention.fingerprint, limit=items.limit,
                        max_length=lm.max_length, lm_eval=metadata.version("lm-eval"),
-                       tasks={name: _task_facts(task, found[name][1]) for name, task in tasks.items()})
-    metrics, items = ([row for parts in found.values() for row in parts[i]] for i in (0, 1))
+                       tasks={name: _task_facts(task, found[name][1]) for name, task in tasks.items()}, **items.facts(v))
+    metrics, rows = ([row for parts in found.values() for row in parts[i]] for i in (0, 1))
     work = lm.work | dict(seconds=time.perf_counter() - start)
-    return TaskResults(pd.DataFrame(metrics), pd.DataFrame(items), lm.intervention.name, work, facts)
+    return TaskResults(pd.DataFrame(metrics), pd.DataFrame(rows), lm.intervention.name, work, facts)
 
 # %% ../../nbs/measure/13_tasks.ipynb #52b4bb3d
 @takes(items=Items, passes=Passes, run=Run)
@@ -150,7 +154,7 @@ def evaluate(model, # a hooked model
             ) -> TaskResults:
     "Run lm-eval tasks on a model, under an intervention."
     loaded = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks, items.data_dir, items.num_fewshot)
-    with open_session(model, view, run) as session: return run_tasks(session, loaded, intervention, items.limit, passes)
+    with open_session(model, view, run) as session: return run_tasks(session, loaded, intervention, items, passes)
 
 # %% ../../nbs/measure/13_tasks.ipynb #1c1ecc5c
 @patch

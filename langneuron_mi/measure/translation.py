@@ -19,6 +19,7 @@ from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Run, Session, Work, open_session
 from ..core.settings import takes
 from ..text.languages import language
+from ..models.chat import Asking, Prompt
 from ..models.hooked import ModelView
 from ..models.view import view
 from ..change.interventions import Intervention
@@ -67,15 +68,15 @@ def _newline(v: ModelView):
             return torch.tensor([ends(t) for t in ids[:, -1].tolist()], dtype=torch.bool, device=ids.device)
     return StoppingCriteriaList([Newline()])
 
-def _continue(v: ModelView, prompts: list[str], max_new_tokens: int) -> list[dict]: # hypothesis, cut
+def _continue(v: ModelView, prompts: list[Prompt], max_new_tokens: int) -> list[dict]: # hypothesis, cut
     "The first line that follows each prompt."
     raw = v.generate(prompts, max_new_tokens, **(dict(stopping_criteria=_newline(v)) if v.is_bridge else {}))
     full = lambda t: len(v.tokenizer(t, add_special_tokens=False).input_ids) >= max_new_tokens
     return [dict(hypothesis=" ".join(t.split("\n")[0].split()), cut="\n" not in t and full(t)) for t in raw]
 
-def _check_room(v: ModelView, prompts: list[str], ids: Sequence[str], max_new_tokens: int) -> list[int]: # tokens of each prompt
+def _check_room(v: ModelView, prompts: list[Prompt], ids: Sequence[str], max_new_tokens: int) -> list[int]: # tokens of each prompt
     "Refuse prompts that leave no room for a translation."
-    sizes = [len(r) + (v.bos_token_id is not None) for r in v.tokenizer(prompts, add_special_tokens=False).input_ids]
+    sizes = [len(v.prompt_ids(p)) for p in prompts]
     worst = max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[worst] + max_new_tokens > v.n_ctx:
         raise ValueError(f"the prompt of sentence {ids[worst]!r} has {sizes[worst]:,} tokens, and {max_new_tokens} more are to come, "
@@ -93,7 +94,7 @@ class Decoding:
 @dataclass(frozen=True)
 class Untranslated:
     "Prompts that are continued together."
-    prompts: list[str]
+    prompts: list[Prompt]
     intervention: Intervention
     max_new_tokens: int
 
@@ -109,7 +110,7 @@ def _kept(session: Session, intervention: Intervention, pairs: Pairs, max_new_to
     folder = None if session.folder is None else session.folder/f"translations-{key}-{pairs.src}-{pairs.tgt}"
     return Kept(folder, about, saved=session.saved)
 
-def _missing(prompts: Sequence[str], sizes: Sequence[int], batch_size: int, kept: Kept) -> list[list[str]]:
+def _missing(prompts: Sequence[Prompt], sizes: Sequence[int], batch_size: int, kept: Kept) -> list[list[Prompt]]:
     "Batches of prompts that have no translation yet; what is there changes no batch."
     order, seen, batches = sorted(range(len(prompts)), key=sizes.__getitem__), set(), []
     for i in range(0, len(order), batch_size):
@@ -121,7 +122,7 @@ def _missing(prompts: Sequence[str], sizes: Sequence[int], batch_size: int, kept
 
 # %% ../../nbs/measure/22_translation.ipynb #30a8eea4
 @dataclass(frozen=True)
-class Prompting:
+class Prompting(Asking):
     "How the model is asked."
     prompt: str = "named" # "named", "unnamed", or a template with {source}
     shots: int = 0 # examples in the prompt
@@ -130,7 +131,8 @@ def translate_in(session: Session, pairs: Pairs, intervention: Intervention | No
     "Translations in an open session: several interventions share what an engine has started."
     v, n = session.view.check(), decoding.max_new_tokens
     v.untouched("translating")
-    intervention, prompts = Intervention() if intervention is None else intervention, build_prompts(pairs, how.prompt, how.shots)
+    intervention = Intervention() if intervention is None else intervention
+    prompts = how.put(v, build_prompts(pairs, how.prompt, how.shots))
     if not isinstance(intervention, Intervention):
         raise TypeError(f"a {type(intervention).__name__} is not an intervention; wrap neurons in ablate(...) or amplify(...)")
     sizes, kept = _check_room(v, prompts, pairs.ids, n), _kept(session, intervention, pairs, n)
@@ -144,16 +146,18 @@ def translate_in(session: Session, pairs: Pairs, intervention: Intervention | No
                            hypothesis=[r["hypothesis"] for r in found], cut=[r["cut"] for r in found]))
     facts = dict(intervention=intervention.name, intervention_fingerprint=intervention.fingerprint, prompt=_template(how.prompt),
                  shots=how.shots, max_new_tokens=n, pairs=pairs.provenance, pairs_fingerprint=pairs.fingerprint)
-    return Translations(pairs.src, pairs.tgt, df, provenance(**v.describe()) | facts)
+    return Translations(pairs.src, pairs.tgt, df, provenance(**v.describe()) | facts | how.facts(v))
 
-@takes(decoding=Decoding, run=Run)
+@takes(decoding=Decoding, asking=Asking, run=Run)
 def translate(model, # a hooked model
               pairs: Pairs, # of one target, from load_pairs
               intervention: Intervention | None = None, # None = the model as it is
               prompt: str = "named", # "named", "unnamed", or a template with {source}
               shots: int = 0, # examples in the prompt
               *, decoding: Decoding, # how long, and how many at a time
+              asking: Asking, # how the prompts are put
               run: Run, # where finished sentences are kept, by content, and what translates those that are missing
              ) -> Translations:
     "Translate sentences greedily, one line each, under an intervention."
-    with open_session(model, view, run) as session: return translate_in(session, pairs, intervention, Prompting(prompt, shots), decoding)
+    how = Prompting(prompt, shots, chat=asking.chat, system=asking.system)
+    with open_session(model, view, run) as session: return translate_in(session, pairs, intervention, how, decoding)

@@ -102,7 +102,7 @@ def translation_table(model, # a hooked model
     with open_session(model, view, run) as session:
         for t, conditions in todo.items():
             for kind, lang in conditions: runs[t, kind, lang] = translate_in(session, pairs[t], edit(kind, lang), prompting, decoding)
-        facts = provenance(**session.view.describe())
+        facts = provenance(**session.view.describe()) | prompting.facts(session.view)
     name = intervention if isinstance(intervention, str) else getattr(intervention, "__name__", "function")
     facts |= dict(factor=name, seed=sets.seed, neurons=getattr(neurons, "fingerprint", None), pairs=pairs.fingerprint)
     return TranslationTable(runs, {l: len(s) for l, s in neurons.items()}, facts)

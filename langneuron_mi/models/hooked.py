@@ -79,6 +79,11 @@ class ModelView:
     def running(self, layer: int) -> tuple[int, int]: # batch and positions of the running forward pass, where tensors are flattened
         "What the first layer of a stack was given (plain models)."
         return self.model.running["decoder" if self.lead(layer) or not self.seq2seq else "encoder"]
+    def top_k(self, layer: int) -> int: # 1 where the model does not tell
+        "Experts that a token goes to."
+        router, cfg = self.points(layer, "experts").part.router, self.hf.config.get_text_config()
+        names = ((router, "top_k"), (cfg, "num_experts_per_tok"), (cfg, "top_k_experts"), (cfg, "moe_k"))
+        return next((k for o, n in names if isinstance(k := getattr(o, n, None), int)), 1)
     def lead(self, layer: int) -> int: # 1 behind the start token of an encoder-decoder's decoder
         "Positions that a layer sees before those it is fed."
         return int(self.seq2seq and layer >= self.layout.stacks[0][1])

@@ -20,7 +20,7 @@ from .attention import attend
 from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
 from .parts import anatomy
-from .plain import HookedHF
+from .plain import hooked_hf
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
@@ -65,19 +65,22 @@ def _check_same(got: torch.Tensor, want: torch.Tensor) -> None:
 
 def _hooked(hf, tokenizer, name: str):
     "TransformerLens's bridge where it can read the model's neurons, its hook points on the plain model otherwise."
-    bridges = anatomy(hf).layout
+    if "_langneuron_hooked" in hf.__dict__: return hooked_hf(hf, tokenizer)
+    try: layout = anatomy(hf).layout
+    except ModelError as e: layout, unknown = None, e # wrapped before, or of a form that only TransformerLens may know
     try:
-        if not bridges.dense: raise ModelError(f"its layers are {bridges}")
+        if layout is not None and not layout.dense: raise ModelError(f"its layers are {layout}")
         want = _few_logits(hf)
         with _as_before(hf):
             model = _bridge(hf, tokenizer, name)
-            _facts[model] = dict(layout=bridges)
+            if layout is not None: _facts[model] = dict(layout=layout)
             _check_same(_few_logits(hf), want)
             view(model).check()
             return model
-    except (ModelError, AttributeError, TypeError, RuntimeError, IndexError) as e:
+    except (ModelError, AttributeError, TypeError, RuntimeError, IndexError, KeyError) as e:
+        if layout is None: raise ModelError(f"{unknown}; TransformerLens's bridge does not take it either: {str(e)[:200]}") from e
         logging.getLogger(__name__).info("%s goes without TransformerLens's bridge, with its hook points on the plain model: %s", name, str(e).splitlines()[0][:300])
-    return HookedHF(hf.eval(), tokenizer)
+    return hooked_hf(hf, tokenizer)
 
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
     "A model object, wrapped where it is not yet."

@@ -8,7 +8,7 @@ __all__ = ['Recording', 'shard_sums', 'record']
 # %% ../../nbs/recording/03_record.ipynb #9d03a6c7
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ from .text_files import load_texts, save_texts
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..text.languages import language
-from ..text.windows import TokenWindows, check_layout, pack
+from ..text.roles import pack_roles
+from ..text.windows import Packing, TokenWindows, check_layout, pack
 
 # %% ../../nbs/recording/03_record.ipynb #06e13334
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Recording:
     groups: tuple[str, ...] | str = ("counts", "moments") # names of what to keep, or "all"
     texts: int = 100 # of each language, for text_means and impact
     layout: str = "packed" # or "texts": every text read alone
+    roles: tuple[str, ...] | str = () # of conversations: whose words count, as in ("assistant",); with layout="texts"
     site: str = "gate" # "gate" or "post"
     length: int = 256 # positions per window, BOS included
     batch_size: int | str = 8 # windows per forward pass; "auto" measures a few
@@ -50,6 +52,9 @@ class Recording:
     def __post_init__(self):
         check_site(self.site)
         check_layout(self.layout)
+        if isinstance(self.roles, str): object.__setattr__(self, "roles", (self.roles,))
+        if self.roles and self.layout != "texts":
+            raise ValueError(f'roles={self.roles!r} needs layout="texts", got {self.layout!r}: each conversation is read alone')
         if isinstance(self.tokens, int) and self.tokens < 1: raise ValueError(f"tokens={self.tokens}: give 1 or more, or None for all")
         if self.shard_size < 1: raise ValueError(f"shard_size={self.shard_size}: give 1 or more windows")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
@@ -160,6 +165,7 @@ def _configured(session: Session, recording: Recording, corpus: Corpus, windows:
                 seed=recording.seed, bos=windows.bos_token_id)
     kept = dict(site=recording.site, groups=list(recorder.names), texts=recorder.texts, layout=recording.layout,
                 batch_size=recorder.batch_size, shard_size=recording.shard_size)
+    if recording.roles: kept["roles"] = list(recording.roles)
     config = v.describe() | read | kept
     if auto:
         recorder.batch_size = _kept_batch_size(config, session.folder) or recorder.measured_batch_size(windows, recording.shard_size)
@@ -167,6 +173,13 @@ def _configured(session: Session, recording: Recording, corpus: Corpus, windows:
     return recorder, config
 
 # %% ../../nbs/recording/03_record.ipynb #766c8331
+def _windows(v: ModelView, corpus: Corpus, langs: Iterable[str] | None, r: Recording) -> TokenWindows:
+    "The text as it is fed; of conversations, the template writes what stands before."
+    bos = None if r.roles else v.bos_token_id
+    how = Packing(tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed, bos_token_id=bos, layout=r.layout)
+    if r.roles: return pack_roles(corpus, v.tokenizer, r.roles, langs=langs, packing=how)
+    return pack(corpus, v.tokenizer, langs=langs, packing=how)
+
 @takes(recording=Recording, run=Run)
 def record(model, # a hooked model, from load_model; with a cluster also a name, folder or hub id that only the workers load
            corpus: Corpus | dict, # texts by language
@@ -179,8 +192,7 @@ def record(model, # a hooked model, from load_model; with a cluster also a name,
         v, r = session.view, recording
         v.untouched("recording")
         corpus = load_corpus(corpus) if isinstance(corpus, dict) else corpus
-        windows = pack(corpus, v.tokenizer, langs=langs, tokens=r.tokens, length=min(r.length, v.n_ctx), seed=r.seed,
-                       bos_token_id=v.bos_token_id, layout=r.layout)
+        windows = _windows(v, corpus, langs, r)
         recorder, config = _configured(session, r, corpus, windows)
         folder = _Folder(session.folder, config, session.saved)
         folder.begin()

@@ -43,7 +43,8 @@ def shards(windows: TokenWindows, # packed text
 def one_language(windows: TokenWindows, lang: str) -> TokenWindows:
     "The windows of one language, ready to travel: in memory, without the sketches."
     only = dict(langs=(lang,), streams={lang: np.asarray(windows.streams[lang])}, starts={lang: windows.starts[lang]}, sketches={})
-    return replace(windows, **only, whole={lang: windows.whole[lang]})
+    counted = None if windows.counted is None else {lang: windows.counted[lang]}
+    return replace(windows, **only, whole={lang: windows.whole[lang]}, counted=counted)
 
 # %% ../../nbs/recording/02_recorder.ipynb #779a608c
 class Recorder:
@@ -72,18 +73,14 @@ class Recorder:
 @patch
 def _batches(self: Recorder, windows: TokenWindows, shard: Shard, texts: slice) -> Iterator[Batch]:
     "The forward passes of a shard."
-    skip = int(windows.bos_token_id is not None)
     for i in range(shard.start, shard.stop, self.batch_size):
         for ids in windows.batches(shard.lang, i, min(i + self.batch_size, shard.stop)):
-            a, b = windows.span(shard.lang, i, i + len(ids))
+            (a, b), rows = windows.span(shard.lang, i, i + len(ids)), windows.rows(shard.lang, i, ids)
             i += len(ids)
             kept, span = self._text_rows(windows, shard.lang, a, b, texts)
-            real = ids >= 0
-            shape = tuple(ids.shape)
-            if bool(real.all()): yield Batch(ids, b - a, texts=kept, span=span, shape=shape, skip=skip)
-            else:
-                rows = (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0]
-                yield Batch(ids.clamp_min(0), b - a, real.long(), rows, kept, span, shape, skip)
+            more = dict(shape=tuple(ids.shape), skip=int(windows.bos_token_id is not None))
+            if rows is None: yield Batch(ids, b - a, texts=kept, span=span, **more)
+            else: yield Batch(ids.clamp_min(0), b - a, (ids >= 0).long(), rows, kept, span, **more)
 
 def _text_at(windows: TokenWindows, lang: str, positions: np.ndarray) -> np.ndarray:
     "Which text each position of the stream belongs to."

@@ -13,29 +13,35 @@ from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
 from ..text.languages import join_continuation
+from ..models.chat import Prompt, Turn
 from ..models.hooked import ModelView
 from ..models.view import view
 
 # %% ../../nbs/share/03_answers.ipynb #a71c51fc
+def _cut(v: ModelView, prompt: str, answer: str, lang: str) -> tuple[list[int], list[int]]:
+    "A text and its answer, tokenised together and cut where they part."
+    def ids(text): return v.tokenizer(text, add_special_tokens=False).input_ids
+    before, full = ids(prompt.rstrip()), ids(join_continuation(prompt, answer, lang))
+    start = next((i for i, (a, b) in enumerate(zip(before, full)) if a != b), min(len(before), len(full)))
+    return ([] if v.bos_token_id is None else [v.bos_token_id]) + full[:start], full[start:]
+
 def answer_tokens(model, # a hooked model
-                  prompt: str, # ends where the answer begins
+                  prompt: Prompt, # ends where the answer begins
                   answer: str, # the gold answer
                   lang: str, # decides whether a space joins them
                  ) -> tuple[list[int], list[int]]: # ids of the context (BOS included), ids of the answer
     "The tokens of a prompt with its answer, cut where the answer begins."
     v = view(model)
-    def ids(text): return v.tokenizer(text, add_special_tokens=False).input_ids
-    before, full = ids(prompt.rstrip()), ids(join_continuation(prompt, answer, lang))
-    start = next((i for i, (a, b) in enumerate(zip(before, full)) if a != b), min(len(before), len(full)))
-    context = ([] if v.bos_token_id is None else [v.bos_token_id]) + full[:start]
-    if not answer.strip() or not full[start:]: raise ValueError(f"the answer {answer!r} to {prompt[-40:]!r} has no tokens; give a text")
+    context, said = v.answer_ids(prompt, answer) if isinstance(prompt, Turn) else _cut(v, prompt, answer, lang)
+    said_to = prompt.text[prompt.start:prompt.stop] if isinstance(prompt, Turn) else prompt
+    if not answer.strip() or not said: raise ValueError(f"the answer {answer!r} to {said_to[-40:]!r} has no tokens; give a text")
     if not context:
-        raise ValueError(f"nothing comes before the answer to {prompt!r}: the model has no BOS, and its tokenizer merges "
+        raise ValueError(f"nothing comes before the answer to {said_to!r}: the model has no BOS, and its tokenizer merges "
                          "prompt and answer; give a longer prompt")
-    if (n := len(context) + len(full) - start) > v.n_ctx:
+    if (n := len(context) + len(said)) > v.n_ctx:
         raise ValueError(f"prompt and answer ({lang}) have {n} tokens, the context of {v.model_id} is {v.n_ctx}; "
-                         f"shorten the text {prompt[:40]!r}")
-    return context, full[start:]
+                         f"shorten the text {said_to[:40]!r}")
+    return context, said
 
 # %% ../../nbs/share/03_answers.ipynb #1f4bc1ba
 def left_pad(v: ModelView, rows: Sequence[list[int]]) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]: # ids, mask

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import takes
+from ..models.chat import Prompt
 from ..models.hooked import ModelError, ModelView
 from ..models.view import view
 from .answers import answer_tokens, left_pad
@@ -52,6 +53,7 @@ def _prepared(session: Session, prompts: str | Sequence[str]) -> tuple[ModelView
     "A checked view and a list of prompts."
     v, prompts = session.view.check(), [prompts] if isinstance(prompts, str) else list(prompts)
     v.untouched("attribution")
+    v.dense_only("attribution")
     if not prompts: raise ValueError("no prompts were given; give at least one")
     return v, prompts
 
@@ -65,7 +67,7 @@ def _in_batches(session: Session, do: Callable, items: list, size: int, *options
 
 @torch.inference_mode()
 def contribution_part(v: ModelView, options: tuple, # whether to sum over the prompts
-                      prompts: list[str], tick: Callable) -> dict[str, Tensor]: # scores [input, layer, neuron], or their sum
+                      prompts: list[Prompt], tick: Callable) -> dict[str, Tensor]: # scores [input, layer, neuron], or their sum
     "What each neuron writes at the last token of a few prompts."
     norms = [w_out(v, l).float().norm(dim=1) for l in range(v.n_layers)]
     posts = _last_posts(v, *v.encode(prompts))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..core.engine import Keep, Run, Work, open_session
 from ..core.settings import takes
+from ..models.chat import Prompt
 from ..models.hooked import ModelView
 from ..models.view import view
 from .attribution import contribution_part
-from .categories import CATEGORIES, Reader, check_prompts, of_count
+from .categories import CATEGORIES, Activity, Reader, check_prompts, of_count
 from .sharing import prompt_batches
 
 # %% ../../nbs/share/06_contributions.ipynb #ebf83d75
@@ -45,7 +46,7 @@ _KEYS, _SHARES = ["lang", "layer", "category"], ["neurons", "top", "sum"]
 
 @torch.inference_mode()
 def batch_contribution(v: ModelView, options: tuple, # top_k, theta, token rule, site
-                       prompts: dict[str, list[str]], # a batch of items in every language
+                       prompts: dict[str, list[Prompt]], # a batch of items in every language
                        tick: Callable) -> Float64[np.ndarray, "row share"]: # a row for each language, layer and category
     "Shares of each category in the contributions, summed over a batch of items."
     top_k, theta, token, site = options
@@ -55,7 +56,7 @@ def batch_contribution(v: ModelView, options: tuple, # top_k, theta, token rule,
     parts = [category_share(s, found, top_k).assign(lang=lang) for lang, s in scores.items()]
     return pd.concat(parts).groupby(_KEYS, sort=False)[_SHARES].sum().to_numpy()
 
-def _contributions(prompts: Mapping[str, list[str]], options: tuple, batch_size: int) -> Work:
+def _contributions(prompts: Mapping[str, list[Prompt]], options: tuple, batch_size: int) -> Work:
     "The batches of parallel prompts; each is kept by its texts and by how it is read."
     keep = Keep("contribution_part", lambda part: ([*part.items()], options), lambda shares: (dict(shares=torch.from_numpy(shares)), {}),
                 lambda tensors, facts: tensors["shares"].numpy())
@@ -63,23 +64,21 @@ def _contributions(prompts: Mapping[str, list[str]], options: tuple, batch_size:
                 keep=keep)
 
 # %% ../../nbs/share/06_contributions.ipynb #96ae7b87
-@takes(run=Run)
+@takes(activity=Activity, run=Run)
 def category_contribution(model, # a hooked model, from load_model
                           prompts: Mapping[str, Sequence[str]], # the same items in every language
                           *, top_k: int = 800, # neurons per layer
-                          theta: float = 0., # active means above this
-                          token: str = "last", # "last" or "any": the rule of the categories
-                          site: str = "gate", # "gate" or "post": of the categories
                           batch_size: int = 8, # items per step
+                          activity: Activity, # when a neuron is active, for the categories
                           run: Run, # where finished batches are kept, what does the work, and whether a bar is shown
                          ) -> pd.DataFrame: # model, lang, layer, category, neurons, top, sum, n
     "Share of each category in the contributions at the last token, per language and layer; means over inputs."
     with open_session(model, view, run) as session:
-        v = session.view
+        v, a = session.view, activity
         v.untouched("attribution")
-        prompts = check_prompts(v, prompts)
-        Reader(v, (float(theta),), token, site)  # a wrong word is told before any work
+        prompts = check_prompts(v, prompts, asking=a)
+        Reader(v, (float(a.theta),), a.token, a.site)  # a wrong word is told before any work
         n, total = len(next(iter(prompts.values()))), 0
-        for shares in session.map(_contributions(prompts, (top_k, theta, token, site), batch_size)): total = total + shares
+        for shares in session.map(_contributions(prompts, (top_k, a.theta, a.token, a.site), batch_size)): total = total + shares
         grid = pd.MultiIndex.from_product([[*prompts], range(v.n_layers), CATEGORIES], names=_KEYS).to_frame(index=False)
     return grid.assign(model=v.model_id, **dict(zip(_SHARES, (total/n).T)), n=n)[["model", *_KEYS, *_SHARES, "n"]]

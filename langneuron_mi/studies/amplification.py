@@ -25,6 +25,7 @@ from ..measure.steering_result import Steering
 from ..measure.steering import _factors, _intervention, lss
 from ..measure.factors import factor
 from ..measure.task_matrix import evaluate_matrix
+from ..models.chat import Asking
 from ..models.loading import load_model
 from ..models.view import view
 from ..recording.record import record
@@ -38,7 +39,7 @@ from ..text.languages import language
 
 # %% ../../nbs/studies/05_amplification.ipynb #67e2f4b4
 @dataclass(frozen=True)
-class AmplificationStudy:
+class AmplificationStudy(Asking):
     "What to steer, with what, and how it is measured."
     model: object = "gemma-3-270m" # anything load_model takes
     langs: tuple[str, ...] = ("en", "de", "fr", "es", "it", "ru", "zh", "ja", "ar", "tr") # languages with neurons
@@ -66,6 +67,7 @@ class AmplificationStudy:
     out: str = "runs/amplification" # folder of results
 
     def __post_init__(self):
+        super().__post_init__()
         as_codes(self, "langs", "bases", "targets")
         object.__setattr__(self, "factors", (self.factors,) if isinstance(self.factors, str) else tuple(self.factors))
         self._check()
@@ -136,7 +138,7 @@ def _steering(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: 
     "Language Steering Shift of every factor, and what it costs in perplexity."
     return lss(model, neurons, probes, self.factors, stats=stats, bases=self.bases or None, targets=self.targets or None, n=self.facts,
                controls=self.controls, seed=self.seed, positions=self.positions, text=held_out if self.held_out_tokens else None,
-               text_tokens=self.held_out_tokens, out=Path(self.out)/"scores", progress=progress)
+               text_tokens=self.held_out_tokens, chat=self.chat, system=self.system, out=Path(self.out)/"scores", progress=progress)
 
 # %% ../../nbs/studies/05_amplification.ipynb #018f3ee0
 @patch
@@ -148,13 +150,14 @@ def _generate(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: 
     rows = {(f, kind, t): _intervention(make, neurons, kind, None, t).where(self.positions)
             for f, make in _factors(self.factors, stats).items() for kind in kinds for t in targets}
     prompts = {language(l).code: list(p) for l, p in self.prompts.items()}
-    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, out=Path(self.out)/"texts", progress=progress)
+    return generate_texts(model, prompts, rows, max_new_tokens=self.new_tokens, chat=self.chat, system=self.system,
+                          out=Path(self.out)/"texts", progress=progress)
 
 @patch
 def _tasks(self: AmplificationStudy, model, neurons: LanguageNeurons, stats: ActivationStats, progress: bool) -> dict:
     "Self, cross and random changes of downstream tasks: a TaskMatrix by factor."
     if not self.tasks: return {}
-    out, given = Path(self.out), dict(controls=self.controls) | self.tasks
+    out, given = Path(self.out), dict(controls=self.controls, chat=self.chat, system=self.system) | self.tasks
     names, chosen = given.pop("names"), given.pop("factors", self.factors[:1])
     found = {f: evaluate_matrix(model, names, neurons, edit=f, stats=stats, seed=self.seed, out=out/"answers", progress=progress, **given)
              for f in chosen}

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..core.fingerprints import fingerprint, provenance
 from ..core.engine import Keep, kept
 from ..figures.sharing_figures import category_contribution_figure
+from ..models.chat import Asking
 from ..models.hooked import ModelView
 from ..models.loading import load_model
 from ..models.view import view
@@ -30,7 +31,7 @@ from .study import KeepFile, as_codes, fields_and_models, parameters, study_from
 
 # %% ../../nbs/studies/07_sharing_study.ipynb #7f9f4752
 @dataclass(frozen=True)
-class SharingStudy:
+class SharingStudy(Asking):
     "Which prompts are asked of which model, and what is measured."
     model: object = "gemma-3-270m" # anything load_model takes
     langs: Sequence[str] = ("en", "de", "fr", "ru", "zh", "ja") # empty = all of the source
@@ -50,6 +51,7 @@ class SharingStudy:
     out: str = "runs/sharing" # folder of results
 
     def __post_init__(self):
+        super().__post_init__()
         as_codes(self, "langs")
         object.__setattr__(self, "theta", tuple(map(float, self.theta)))
         if len(self.langs) == 1 or len(set(self.langs)) < len(self.langs):
@@ -106,16 +108,17 @@ def _shared(self: SharingStudy, v: ModelView, tasks: Mapping[str, Prompts], prog
     joined = {l: [x for p in tasks.values() for x in p.prompts[l]] for l in langs}
     labels = [t for t, p in tasks.items() for _ in range(len(p))]
     def make():
-        return sharing(v.model, joined, theta=self.theta, token=self.token, task=labels, batch_size=self.batch_size, progress=progress)
-    return kept(self.out, _sharing, v.describe(), (self.token, joined, labels, self.theta), make)
+        return sharing(v.model, joined, theta=self.theta, token=self.token, task=labels, batch_size=self.batch_size, progress=progress,
+                       chat=self.chat, system=self.system)
+    return kept(self.out, _sharing, v.describe(), (self.token, joined, labels, self.theta, *self.trace(v)), make)
 
 @patch
 def _contributed(self: SharingStudy, v: ModelView, p: Prompts, progress: bool) -> pd.DataFrame:
     "Contributions of one task."
     def make():
         return category_contribution(v.model, p.prompts, top_k=self.top_k, theta=self.theta[0], token=self.token,
-                                     batch_size=self.batch_size, progress=progress)
-    return kept(self.out, _contribution, v.describe(), (self.token, p.prompts, self.theta[0], self.top_k), make)
+                                     batch_size=self.batch_size, progress=progress, chat=self.chat, system=self.system)
+    return kept(self.out, _contribution, v.describe(), (self.token, p.prompts, self.theta[0], self.top_k, *self.trace(v)), make)
 
 @patch
 def _effects(self: SharingStudy, v: ModelView, tasks: Mapping[str, Prompts], progress: bool,
@@ -128,8 +131,9 @@ def _effects(self: SharingStudy, v: ModelView, tasks: Mapping[str, Prompts], pro
         if not self.effects or few.answers is None: continue
         def make():
             return category_effect(v.model, few.prompts, few.answers, **what, controls=self.controls, among=self.among, seed=self.seed,
-                                   theta=self.theta[0], token=self.token, batch_size=self.batch_size, progress=progress)
-        asked = self.token, few.prompts, few.answers, self.theta[0], self.controls, self.among, self.seed, what
+                                   theta=self.theta[0], token=self.token, batch_size=self.batch_size, progress=progress,
+                                   chat=self.chat, system=self.system)
+        asked = self.token, few.prompts, few.answers, self.theta[0], self.controls, self.among, self.seed, what, *self.trace(v)
         found[task] = kept(self.out, _effect, v.describe(), asked, make)
     return found
 
@@ -151,7 +155,7 @@ def run(self: SharingStudy,
     "Everything, from prompts to report; what is already computed is reused."
     tasks = self._tasks()
     v = view(load_model(self.model))
-    for p in tasks.values(): check_prompts(v, p.prompts)
+    for p in tasks.values(): check_prompts(v, p.prompts, asking=self)
     shared = self._shared(v, tasks, progress)
     parts = [self._contributed(v, p, progress).assign(task=t) for t, p in tasks.items()]
     off = self._effects(v, tasks, progress)

@@ -80,7 +80,7 @@ ARCHS |= { # other attention, other layers
     "lfm2": ("Lfm2Config", _common | dict(layer_types=["conv", "full_attention"])),
     "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
     "phi3": ("Phi3Config", _common), "olmo2": ("Olmo2Config", _common), "granite": ("GraniteConfig", _common),
-    "gpt_neox": ("GPTNeoXConfig", _common), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
+    "gpt_neox": ("GPTNeoXConfig", {k: x for k, x in _common.items() if k not in ("num_key_value_heads", "head_dim")}), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
     "falcon": ("FalconConfig", dict(hidden_size=32, ffn_hidden_size=64, num_hidden_layers=2, num_attention_heads=4)),
     "cohere2": ("Cohere2Config", _common), "smollm3": ("SmolLM3Config", _common), "stablelm": ("StableLmConfig", _common),
     "nemotron": ("NemotronConfig", _common),

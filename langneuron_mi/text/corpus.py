@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .conversations import ChatError, Talk, is_talk, talk
 from .identifier import _identifier, _purity_of
 from .languages import UnknownLanguage, language
 
@@ -63,6 +64,7 @@ class Corpus:
     item_ids: tuple[str, ...] = () # of aligned items
     provenance: dict = field(default_factory=dict) # where the text comes from
     sep: str = "\n" # between two texts
+    talks: bool = False # is each text a conversation?
 
     @cached_property
     def fingerprint(self) -> str: # 16 hex digits
@@ -71,15 +73,25 @@ class Corpus:
 
     def texts(self, lang: str) -> Iterable[str]:
         "The texts of a language."
+        if self.talks:
+            raise CorpusError('this corpus holds conversations, which only record(..., roles=("assistant",), layout="texts") reads; '
+                              "give plain texts")
+        return self.sources[self._code(lang)]
+
+    def conversations(self, lang: str) -> Iterable[Talk]:
+        "The conversations of a language."
+        if not self.talks:
+            raise CorpusError("roles= counts within conversations, and this corpus holds plain texts; give lists of "
+                              "{'role': ..., 'content': ...} in place of each text, or leave roles out")
         return self.sources[self._code(lang)]
 
     def in_memory(self, lang: str) -> bool:
         "Is the text a list, or a stream?"
-        return isinstance(self.texts(lang), (list, tuple))
+        return isinstance(self.sources[self._code(lang)], (list, tuple))
 
     def n_texts(self, lang: str) -> int | None: # None: a stream, not counted
         "How many texts a language has."
-        return len(self.texts(lang)) if self.in_memory(lang) else None
+        return len(self.sources[self._code(lang)]) if self.in_memory(lang) else None
 
 # %% ../../nbs/text/02_corpus.ipynb #768ca007
 @patch
@@ -115,25 +127,37 @@ def _corpus(sources: Mapping[str, Iterable[str]], # texts by code
             **facts, # where the text comes from; at least `source`
            ) -> Corpus:
     "A corpus, after the checks that every source needs."
-    where = facts["source"]
+    where, kinds = facts["source"], {}
     for lang, texts in sources.items():
-        if next(iter(texts), None) is None:
+        if (first := next(iter(texts), None)) is None:
             raise CorpusError(f"no text for {lang!r} in {where}: it is empty; add text or leave the language out")
+        kinds[lang] = isinstance(first, Talk)
+    if len({*kinds.values()}) > 1:
+        raise CorpusError(f"{where} holds conversations in {', '.join(l for l in kinds if kinds[l])}, but plain text in "
+                          f"{', '.join(l for l in kinds if not kinds[l])}; give one kind")
     by_print = {}
     for lang, p in prints.items(): by_print.setdefault(p, []).append(lang)
     for same in by_print.values():
         if len(same) == 1: continue
         warnings.warn(f"{' and '.join(same)} have the same text in {where}; language neurons cannot be told apart by it", stacklevel=3)
-    return Corpus(tuple(sources), dict(sources), dict(prints), aligned, tuple(ids) if aligned else (), facts | dict(aligned=aligned), sep)
+    return Corpus(tuple(sources), dict(sources), dict(prints), aligned, tuple(ids) if aligned else (), facts | dict(aligned=aligned), sep,
+                  any(kinds.values()))
 
 # %% ../../nbs/text/02_corpus.ipynb #2cf883cf
 def _listed(lang: str, texts) -> list[str]:
-    "The texts of a language as a list, if they are texts."
+    "The texts of a language as a list, if they are texts or conversations."
     if isinstance(texts, (str, bytes)): raise CorpusError(f"{lang}: one string; give a list of texts: {{'{lang}': [...]}}")
     texts = list(texts)
+    if any(map(is_talk, texts)): texts = [_as_talk(lang, t) for t in texts]
     bad = next((t for t in texts if not isinstance(t, str)), None)
     if bad is not None: raise CorpusError(f"{lang}: a text is {type(bad).__name__}, not str")
     return [t.strip() for t in texts]
+
+def _as_talk(where: str, messages) -> Talk:
+    "A conversation of a corpus."
+    if not is_talk(messages): raise CorpusError(f"{where}: {str(messages)[:60]!r} is no conversation, but others are; give one kind")
+    try: return talk(messages)
+    except ChatError as e: raise CorpusError(f"{where}: {e}") from e
 
 def _in_step(texts: dict[str, list[str]], ids: list[str] | None) -> tuple[dict[str, list[str]], list[str]]:
     "The rows in which no language is empty, and their ids."
@@ -157,7 +181,7 @@ class Access:
     aligned: bool | None = None # is the n-th text the same item in every language? None = yes for "bible" only
     sep: str = "\n" # put between texts when they are packed into windows
     revision: str | None = None # hub: branch, tag or commit
-    text_field: str = "text" # .jsonl, .parquet, hub: where the text is
+    text_field: str = "text" # .jsonl, .parquet, hub: where the text, or the conversation, is
     split: str = "train" # hub: which part
     name_map: Mapping[str, str] | None = None # hub: configuration by language
     versions: Mapping[str, str] | None = None # bible: translation by language
@@ -215,7 +239,7 @@ def sample(self: Corpus,
         rows = _draw(min(among, len(self.item_ids)), n, seed)
         index = pd.Index([self.item_ids[i] for i in rows], name="id")
         return pd.DataFrame({l: [self.sources[l][i] for i in rows] for l in self.langs}, index=index)
-    heads = {l: list(islice(self.texts(l), among)) for l in self.langs}
+    heads = {l: list(islice(self.sources[l], among)) for l in self.langs}
     return pd.DataFrame([(l, ts[i]) for l, ts in heads.items() for i in _draw(len(ts), n, seed)], columns=["lang", "text"])
 
 # %% ../../nbs/text/02_corpus.ipynb #33d9469b
@@ -256,7 +280,7 @@ def _part(self: Corpus, name: str, sources: dict, ids: Iterable[str], held_out: 
     "One side as a corpus of its own."
     for l, texts in sources.items():
         if next(iter(texts), None) is None:
-            n = sum(1 for _ in self.texts(l))
+            n = sum(1 for _ in self.sources[l])
             raise CorpusError(f"split({held_out}) leaves {l!r} without {name} text: it has {n} texts; give more text or another share")
     prints = {l: digest(self.fingerprint, self.prints[l], name, held_out, seed) for l in self.langs}
     facts = dict(part=name, held_out=held_out, split_seed=seed, of=self.fingerprint)

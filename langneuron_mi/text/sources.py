@@ -17,7 +17,8 @@ from pathlib import Path
 from ..core.settings import takes
 from .bible import _load_bible
 from langneuron_mi.text.corpus import (Access, Corpus, CorpusError, _codes, _corpus, _from_lists, _listed, _print_file, _resolve, _wanted,
-    digest)
+    _as_talk, digest)
+from .conversations import is_talk
 from .languages import language, languages
 
 # %% ../../nbs/text/04_sources.ipynb #007f9de8
@@ -50,9 +51,10 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist(): yield _field({field: text}, field, str(path))
 
 def _field(row: dict, field: str, where: str) -> str:
-    "The text of a row."
+    "The text, or the conversation, of a row."
     if field not in row:
         raise CorpusError(f"{where}: no field {field!r}; it has {', '.join(map(str, row))}; name the text's with text_field=")
+    if is_talk(row[field]): return _as_talk(where, row[field])
     if not isinstance(row[field], str | None):
         raise CorpusError(f"{where}: the field {field!r} holds {type(row[field]).__name__}, not text")
     return row[field] or ""

@@ -60,6 +60,7 @@ class TokenWindows:
     fingerprint: str # of corpus, tokenizer and everything that decides the windows
     layout: str = "packed" # "packed", or "texts": one text a window
     whole: Mapping[str, int] | None = None # texts by language that are in the stream to their end
+    counted: Mapping[str, np.ndarray] | None = None # int64 by language: positions of the stream that count; None = all, see `pack_roles`
 
     @property
     def real(self) -> int:
@@ -67,23 +68,27 @@ class TokenWindows:
         return self.length - (self.bos_token_id is not None)
 
     def n_tokens(self, lang: str) -> int:
-        "Real tokens of a language."
-        return len(self.streams[lang])
+        "Tokens of a language that count: all real ones, or those of some roles."
+        return len(self.streams[lang] if self.counted is None else self.counted[lang])
+
+    def _among(self, lang: str, positions: np.ndarray) -> np.ndarray:
+        "How many tokens that count stand before each position of the stream."
+        return positions if self.counted is None else np.searchsorted(self.counted[lang], positions)
 
     def n_windows(self, lang: str) -> int:
         "Windows of a language."
         return len(self.starts[lang]) if self.layout == "texts" else math.ceil(self.n_tokens(lang)/self.real)
 
     def span(self, lang: str, i0: int, i1: int) -> tuple[int, int]:
-        "Positions in the stream, first and one past the last, of windows `i0` to `i1`."
+        "Which of the tokens that count, first and one past the last, are in windows `i0` to `i1`."
         total = self.n_tokens(lang)
         if self.layout == "packed": return min(i0*self.real, total), min(i1*self.real, total)
-        ends = np.append(self.starts[lang], total)
+        ends = np.append(self.offsets(lang), total)
         return int(ends[i0]), int(ends[i1])
 
     def offsets(self, lang: str) -> np.ndarray: # int64 [texts]
-        "Where each text begins in the stream of real tokens."
-        return self.starts[lang]
+        "Where each text begins among the tokens that count."
+        return self._among(lang, self.starts[lang])
 
     def seen(self, lang: str) -> np.ndarray: # uint64, sorted
         "Sketch of the texts that went into the windows."
@@ -113,9 +118,26 @@ def _with_bos(self: TokenWindows, ids: Int[Tensor, "window pos"]) -> Int[Tensor,
 @patch
 def _rows(self: TokenWindows, lang: str, i0: int, i1: int) -> Int[Tensor, "window pos"]:
     "Texts `i0` to `i1` below each other, filled up with -1 on the right."
-    ends = np.append(self.starts[lang], self.n_tokens(lang))
+    ends = np.append(self.starts[lang], len(self.streams[lang]))
     rows = [torch.from_numpy(self.streams[lang][ends[i]:ends[i + 1]].astype(np.int64)) for i in range(i0, i1)]
     return self._with_bos(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1))
+
+# %% ../../nbs/text/06_windows.ipynb #1420db62
+@patch
+def rows(self: TokenWindows,
+         lang: str,
+         i0: int, # first window
+         ids: Int[Tensor, "window pos"], # the batch from there on
+        ) -> Int[Tensor, "token"] | None: # positions in the flattened batch
+    "Where a batch holds the tokens that count; None where these are all but the BOS."
+    skip = int(self.bos_token_id is not None)
+    if self.counted is None:
+        real = ids >= 0
+        return None if bool(real.all()) else (real & (torch.arange(ids.shape[1]) >= skip)).flatten().nonzero()[:, 0]
+    a, b = self.span(lang, i0, i0 + len(ids))
+    at, starts = self.counted[lang][a:b], self.starts[lang][i0:i0 + len(ids)]
+    row = np.searchsorted(starts, at, side="right") - 1
+    return torch.from_numpy(row*ids.shape[1] + at - starts[row])
 
 # %% ../../nbs/text/06_windows.ipynb #dc640462
 @patch
@@ -149,7 +171,7 @@ def _repr_markdown_(self: TokenWindows) -> str:
 # %% ../../nbs/text/06_windows.ipynb #86e6e546
 def _in_order(corpus: Corpus, lang: str, seed: int) -> Iterable[str]:
     "The texts of a language in the order of packing."
-    texts = corpus.texts(lang)
+    texts = corpus.conversations(lang) if corpus.talks else corpus.texts(lang)
     if not corpus.in_memory(lang): return texts
     key = [seed, 0 if corpus.aligned else text_hash(lang)]
     return (texts[i] for i in np.random.default_rng(key).permutation(len(texts)))
@@ -288,6 +310,7 @@ def pack(corpus: Corpus, # texts by language
          packing: Packing, # how text becomes windows
         ) -> TokenWindows:
     "Pack texts into token windows."
+    corpus.texts(corpus.langs[0]) # an error where they are conversations, which `pack_roles` packs
     corpus = corpus if langs is None else corpus.select(langs)
     asked = _asked(packing.tokens, corpus.langs)
     name = _windows_name(corpus, tokenizer, asked, packing)
