@@ -1,4 +1,6 @@
 "The planted mixture keeps what it promises; the first half is checked with plain PyTorch only."
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from langneuron_mi.find.controls import random_neurons
 from langneuron_mi.find.experts import experts_of, routing_divergence, routing_table
 from langneuron_mi.find.identification import lape
 from langneuron_mi.find.neurons import NeuronSet
+from langneuron_mi.find.rates import rates_of
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.recording.record import record
@@ -145,6 +148,30 @@ def test_planted_experts_random_neurons_of_equal_size_do_nothing_of_the_kind(p, 
         for lang in p.langs:
             with ablate(control[lang] - neurons[lang]).on(model): after = perplexity(p, texts[lang])
             assert after < 1.3*p.expected_perplexity(texts[lang]) < .5*p.expected_perplexity(texts[lang], [lang])
+
+
+def test_planted_experts_control_in_the_same_experts_does_nothing_either(p, found):
+    model, stats = found
+    texts, neurons = p.texts(6, seed=1), lape(stats)
+    control = random_neurons(stats, like=neurons, seed=0, among="part")
+    for lang in p.langs:
+        part = neurons.to_df().query("lang == @lang").groupby(["layer", "part"]).size()
+        assert control.to_df().query("lang == @lang").groupby(["layer", "part"]).size().equals(part)
+        untouched = perplexity(p, texts[lang])
+        with ablate(control[lang] - neurons[lang]).on(model): assert perplexity(p, texts[lang]) == untouched
+
+
+def test_planted_experts_reached_by_few_tokens_have_no_rate_given_routing(p, found):
+    stats = found[1]
+    few = {lang: 29 if lang == p.langs[0] else 30 for lang in p.langs}
+    routed = torch.stack([torch.where(r > 0, few[lang], 0) for lang, r in zip(p.langs, stats.routing["routed"])])
+    counts = torch.stack([c.clamp(max=few[lang]) for lang, c in zip(p.langs, stats.count_pos)])
+    thin = replace(stats, count_pos=counts, routing=stats.routing | dict(routed=routed))
+    rates = rates_of(thin, given="routing")
+    for layer in range(stats.n_layers):
+        top = rates.of(layer).max(1)
+        assert top[0] == 0 and (top[1:] > 0).all()
+    assert (rates_of(thin).of(0).max(1) > 0).all()
 
 
 def test_planted_experts_of_another_language_do_nothing_until_tokens_are_sent_there(p, found):
