@@ -104,10 +104,6 @@ class PartEdits:
         if self.steps and (self.steps[0][1].device, self.steps[0][2].dtype) != (post.device, post.dtype):
             self.steps = [(e, i.to(post.device), v.to(post.device, post.dtype)) for e, i, v in self.steps]
         return self.steps
-    def here(self, e: Edit, x: Tensor) -> Tensor | None: # bool, broadcasts over neurons
-        "Where an edit applies; shared MLPs of some models are given a flattened batch."
-        at = _of_rows(self.view, e.positions, self.layer, x.device) if x.ndim == 2 else _here(self.view, e.positions, self.layer, x.shape[1], x.device)
-        return None if at is None else at[..., None]
     def edit(self, post: Tensor) -> Tensor:
         "The edited tensor; what came in is left as it was."
         if self.act is None and any(e.current for e, _, _ in self.steps): self._set_now(post)
@@ -121,6 +117,13 @@ class PartEdits:
             post[..., index] = (new if here is None else torch.where(here, new, old)).to(post.dtype)
         self.up = self.now = None
         return post
+
+@patch
+def here(self: PartEdits, e: Edit, x: Tensor) -> Tensor | None: # bool, broadcasts over neurons
+    "Where an edit applies; shared MLPs of some models are given a flattened batch."
+    if x.ndim == 2: at = _of_rows(self.view, e.positions, self.layer, x.device)
+    else: at = _here(self.view, e.positions, self.layer, x.shape[1], x.device)
+    return None if at is None else at[..., None]
 
 # %% ../../nbs/change/01_edits.ipynb #498a506b
 @patch
@@ -190,6 +193,7 @@ def _check_left(v: ModelView, edits: list[Edit]) -> None:
             raise ValueError(f"{' + '.join(e.name for e in mine)!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; "
                              f"leave {k} or more")
 
+# %% ../../nbs/change/01_edits.ipynb #77a44bb2
 def router_triples(v: ModelView, edits: list[Edit]) -> list[tuple[int, str, Callable]]:
     "Hooks on the routers' logits."
     def changer(e: Edit, layer: int, experts: Tensor, values: Tensor) -> Callable:

@@ -76,7 +76,8 @@ def _runs(self: Layout) -> list[str]:
     out, start, first = [], 0, {sum(n for _, n in self.stacks[:k]) for k in range(len(self.stacks))}
     for l in range(1, self.n_layers + 1):
         if l == self.n_layers or l in first or self.layers[l] != self.layers[start]:
-            out.append(f"{self.layer_name(start)}{f' to {self.layer_name(l - 1)}' if l - 1 > start else ''}: {_described(self.layers[start])}")
+            to = f" to {self.layer_name(l - 1)}" if l - 1 > start else ""
+            out.append(f"{self.layer_name(start)}{to}: {_described(self.layers[start])}")
             start = l
     return out
 
@@ -138,11 +139,13 @@ def neuron_name(self: Layout, layer: int, neuron: int) -> str: # "layer 3, neuro
     where = f"{'' if self.stacks else 'layer '}{self.layer_name(layer)}"
     return f"{where}, neuron {index}" if len(self.layers[layer]) == 1 and part == "mlp" else f"{where}, {part}, neuron {index}"
 
+# %% ../../nbs/core/08_layout.ipynb #ffb4bcef
 @patch
 def check(self: Layout, layer: int, neuron: int) -> None:
     "Refuse a neuron that does not exist."
     if not 0 <= layer < self.n_layers:
-        raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}, neurons 0 to {self.width - 1}")
+        raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}, "
+                         f"neurons 0 to {self.width - 1}")
     if not 0 <= neuron < self.widths[layer]:
         there = f"0 to {self.widths[layer] - 1}" if self.widths[layer] else "none in this layer"
         raise ValueError(f"neuron ({layer}, {neuron}) is outside this model: layers are 0 to {self.n_layers - 1}, neurons {there}")

@@ -19,7 +19,8 @@ from ..recording.stats import ActivationStats
 def _routed(stats: ActivationStats) -> torch.Tensor: # int64 [lang, layer, expert]
     "Tokens given to each expert, or what is missing."
     if stats.routing is None or not stats.layout.has_experts:
-        raise ValueError(f"{stats.meta.get('model_id', 'this model')} has no experts: its layers are {stats.layout}; routing is recorded of mixtures")
+        name = stats.meta.get("model_id", "this model")
+        raise ValueError(f"{name} has no experts: its layers are {stats.layout}; routing is recorded of mixtures")
     return stats.routing["routed"]
 
 def experts_of(stats: ActivationStats # of a mixture
@@ -31,7 +32,7 @@ def experts_of(stats: ActivationStats # of a mixture
 
 # %% ../../nbs/find/08_experts.ipynb #23caa684
 def routing_table(stats: ActivationStats # of a mixture
-                 ) -> pd.DataFrame: # columns lang, layer, expert, tokens, rate (of all tokens), share (of the layer's routed), weight (mean)
+                 ) -> pd.DataFrame: # lang, layer, expert, tokens, rate (of all tokens), share (of the layer's routed), weight (mean)
     "What every expert was given in every language."
     rows, weight = [], stats.routing["router_weight"] if stats.routing else None
     for k, lang in enumerate(stats.langs):
@@ -49,6 +50,7 @@ def routing_divergence(stats: ActivationStats # of a mixture
     for layer in [l for l in range(stats.n_layers) if stats.layout.part(l, "experts")]:
         for (i, a), (j, b) in combinations(enumerate(stats.langs), 2):
             p, q = routed[i, layer], routed[j, layer]
-            if not (p.sum() and q.sum()): raise ValueError(f"no token of {a if not p.sum() else b} was routed in layer {layer}: record more text")
+            if not (p.sum() and q.sum()):
+                raise ValueError(f"no token of {a if not p.sum() else b} was routed in layer {layer}: record more text")
             rows.append(dict(layer=layer, lang_a=a, lang_b=b, bits=float(jensenshannon(p, q, base=2)**2)))
     return pd.DataFrame(rows)

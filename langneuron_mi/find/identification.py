@@ -87,7 +87,8 @@ def _spread(rates:Rates, least) -> tuple: # [layer, neuron] each: evenness, the 
     "What the lambda score knows of every neuron."
     def layer(l):
         p = rates.of(l)
-        each = (_evenness(torch.from_numpy(p)).numpy(), float("nan")),(p.max(0, initial=0.), float("nan")),(p.min(0, initial=1.)>least, False)
+        nan = float("nan")
+        each = (_evenness(torch.from_numpy(p)).numpy(), nan),(p.max(0, initial=0.), nan),(p.min(0, initial=1.)>least, False)
         return [torch.from_numpy(rates.whole(l, x, fill)) for x,fill in each]
     return tuple(map(torch.stack, zip(*map(layer, range(rates.shape[0])))))
 

@@ -93,7 +93,8 @@ class NeuronSet:
     @property
     def unit(self) -> str: return "expert" if self.site=="router" else "neuron"
     @property
-    def size(self) -> str: return f"{self.shape[0]} x {self.shape[1]}" if self.layout.dense else f"{self.layout.size} in {self.shape[0]} layers"
+    def size(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}" if self.layout.dense else f"{self.layout.size} in {self.shape[0]} layers"
     @property
     def fingerprint(self) -> str:
         "16 hex digits over members, shape, site and model."

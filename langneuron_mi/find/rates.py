@@ -82,6 +82,7 @@ class Rates:
         "A layer's values with its pads."
         return np.pad(values, (0, self.shape[1]-len(values)), constant_values=fill)
 
+# %% ../../nbs/find/03_rates.ipynb #958c6d00
 def rates_of(stats, given:str="tokens") -> Rates:
     "Counts and tokens of a recording, checked."
     if given not in GIVEN: raise ValueError(f"given is {' or '.join(map(repr, GIVEN))}; got {given!r}")

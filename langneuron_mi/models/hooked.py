@@ -76,21 +76,30 @@ class ModelView:
     def parts(self) -> list[tuple[int, str]]: return [(l, p.kind) for l, parts in enumerate(self.layout.layers) for p in parts]
     @property
     def seq2seq(self) -> bool: return bool(self.layout.stacks) # an encoder before the decoder
-    def running(self, layer: int) -> tuple[int, int]: # batch and positions of the running forward pass, where tensors are flattened
-        "What the first layer of a stack was given (plain models)."
-        return self.model.running["decoder" if self.lead(layer) or not self.seq2seq else "encoder"]
-    def top_k(self, layer: int) -> int: # 1 where the model does not tell
-        "Experts that a token goes to."
-        router, cfg = self.points(layer, "experts").part.router, self.hf.config.get_text_config()
-        names = ((router, "top_k"), (cfg, "num_experts_per_tok"), (cfg, "top_k_experts"), (cfg, "moe_k"))
-        return next((k for o, n in names if isinstance(k := getattr(o, n, None), int)), 1)
-    def lead(self, layer: int) -> int: # 1 behind the start token of an encoder-decoder's decoder
-        "Positions that a layer sees before those it is fed."
-        return int(self.seq2seq and layer >= self.layout.stacks[0][1])
-    @property
-    def takes_positions(self) -> bool: return self.hf is not None and "position_ids" in inspect.signature(self.hf.forward).parameters
-    @property
-    def n_ctx(self) -> int: return int(getattr(self.cfg, "n_ctx", 0) or 2048)
+
+# %% ../../nbs/models/00_hooked.ipynb #8b62beb6
+@patch(as_prop=True)
+def takes_positions(self: ModelView) -> bool: return self.hf is not None and "position_ids" in inspect.signature(self.hf.forward).parameters
+
+@patch(as_prop=True)
+def n_ctx(self: ModelView) -> int: return int(getattr(self.cfg, "n_ctx", 0) or 2048)
+
+@patch
+def lead(self: ModelView, layer: int) -> int: # 1 behind the start token of an encoder-decoder's decoder
+    "Positions that a layer sees before those it is fed."
+    return int(self.seq2seq and layer >= self.layout.stacks[0][1])
+
+@patch
+def running(self: ModelView, layer: int) -> tuple[int, int]: # batch and positions, for where tensors are flattened
+    "What the first layer of a stack was given in the running forward pass (plain models)."
+    return self.model.running["decoder" if self.lead(layer) or not self.seq2seq else "encoder"]
+
+@patch
+def top_k(self: ModelView, layer: int) -> int: # 1 where the model does not tell
+    "Experts that a token goes to."
+    router, cfg = self.points(layer, "experts").part.router, self.hf.config.get_text_config()
+    names = ((router, "top_k"), (cfg, "num_experts_per_tok"), (cfg, "top_k_experts"), (cfg, "moe_k"))
+    return next((k for o, n in names if isinstance(k := getattr(o, n, None), int)), 1)
 
 # %% ../../nbs/models/00_hooked.ipynb #784a73c5
 @patch(as_prop=True)

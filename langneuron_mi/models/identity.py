@@ -87,7 +87,8 @@ def fingerprint(self: ModelView) -> str: # 16 hex digits
     if self._settled: return self._fingerprint[1]
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
-        facts = [self.n_layers, self.d_mlp, _config_facts(self), sorted(_weight_facts(self.hf if self.hf is not None else self.model) + _no_bias(self))]
+        weights = sorted(_weight_facts(self.hf if self.hf is not None else self.model) + _no_bias(self))
+        facts = [self.n_layers, self.d_mlp, _config_facts(self), weights]
         self._fingerprint = key, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 

@@ -57,6 +57,7 @@ def _as_before(hf: torch.nn.Module):
         hf.config._attn_implementation, hf.config.architectures = attention, architectures
         raise
 
+# %% ../../nbs/models/09_loading.ipynb #97eec117
 @torch.no_grad()
 def _few_logits(hf) -> torch.Tensor: # float32 [8, d_vocab]
     "Logits of eight tokens."
@@ -83,9 +84,11 @@ def _hooked(hf, tokenizer, name: str):
             return model
     except (ModelError, AttributeError, TypeError, RuntimeError, IndexError, KeyError) as e:
         if layout is None: raise ModelError(f"{unknown}; TransformerLens's bridge does not take it either: {str(e)[:200]}") from e
-        logging.getLogger(__name__).info("%s goes without TransformerLens's bridge, with its hook points on the plain model: %s", name, str(e).splitlines()[0][:300])
+        said = "%s goes without TransformerLens's bridge, with its hook points on the plain model: %s"
+        logging.getLogger(__name__).info(said, name, str(e).splitlines()[0][:300])
     return hooked_hf(hf, tokenizer)
 
+# %% ../../nbs/models/09_loading.ipynb #faab7138
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
     "A model object, wrapped where it is not yet."
     if _is_lens(model):

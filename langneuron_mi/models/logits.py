@@ -64,6 +64,7 @@ def _body_of_two(self: ModelView, ids: Tensor, mask: Tensor | None) -> None:
     states = self.hf.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     self.hf.get_decoder()(input_ids=fed, attention_mask=seen, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
 
+# %% ../../nbs/models/01_logits.ipynb #9e49c65f
 @patch
 def body(self: ModelView,
          ids: Int[Tensor, "batch pos"], # token ids

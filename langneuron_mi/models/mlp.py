@@ -80,7 +80,8 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     name = v.hook_name(layer, kind)
     if x is None: raise ModelError(f"hook {name} did not fire: layer {layer} of {v.model_id} was not run, or runs past TransformerLens")
     want = v.layout.part(layer, kind_of(kind)[0]).width
-    if x.shape[-1] != want: raise ModelError(f"hook {name} of {v.model_id} has width {x.shape[-1]}, but its output weights are of {want} neurons")
+    if x.shape[-1] == want: return
+    raise ModelError(f"hook {name} of {v.model_id} has width {x.shape[-1]}, but its output weights are of {want} neurons")
 
 @patch
 def cached(self: ModelView,
@@ -126,8 +127,9 @@ def _check_product(v: ModelView, layer: int, part: str, got: dict) -> None:
     want = v.act_fn(layer, part)(pre)*(1 if linear is None else points.factor(linear) if part == "experts" else linear)
     if v.b_in(layer) is not None: want = want + v.b_in(layer)
     if not torch.allclose(want.float(), post.float(), rtol=2e-2, atol=1e-3*float(want.float().abs().max()) + 1e-7):
-        raise ModelError(f"layer {layer} of {v.model_id} does not compute act_fn(hook_pre){' * hook_pre_linear' if linear is not None else ''}"
-                         f"{'' if part == 'mlp' else f' in its {part}'}: its activations cannot be read at this site")
+        product, where = " * hook_pre_linear" if linear is not None else "", "" if part == "mlp" else f" in its {part}"
+        raise ModelError(f"layer {layer} of {v.model_id} does not compute act_fn(hook_pre){product}{where}: "
+                         "its activations cannot be read at this site")
 
 # %% ../../nbs/models/02_mlp.ipynb #0cce20ce
 @patch

@@ -130,6 +130,7 @@ def _routes(module: nn.Module, count: int) -> bool:
     "Has it a matrix with a row for every expert?"
     return any(w.ndim == 2 and w.shape[0] == count for w in module.parameters())
 
+# %% ../../nbs/models/10_parts.ipynb #f31a2b87
 def _experts_of(layer: nn.Module, name: str, module: nn.Module, path: str) -> Experts:
     "The experts of a layer, with the router that stands beside them."
     count, width, _ = _down(module).shape
@@ -158,7 +159,8 @@ def _parts_of(layer: nn.Module, path: str, d_model: int) -> list: # DenseMLP, Ex
         kind = "shared" if experts and "share" in name else "mlp"
         dense.append(DenseMLP(kind, at(name), layer.get_submodule(name), layer, **fields))
     if len(experts) > 1 or len({d.kind for d in dense}) < len(dense):
-        raise ModelError(f"{path} has several parts of one kind ({', '.join(d.path for d in [*dense, *experts])}); this form is not supported: "
+        paths = ", ".join(d.path for d in [*dense, *experts])
+        raise ModelError(f"{path} has several parts of one kind ({paths}); this form is not supported: "
                          "experts are read where transformers keeps them as one module")
     return [d for d in dense if d.kind == "mlp"] + experts + [d for d in dense if d.kind == "shared"]
 

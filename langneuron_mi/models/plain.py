@@ -37,8 +37,9 @@ class DensePoints(nn.Module):
     def act_fn(self) -> Callable: return act_of(self.part, self.hf)
     @property
     def W_out(self) -> Tensor: # [neuron, d_model]
-        w = dequantised(self.part.down)
-        return w if "Conv1D" in (type(self.part.down).__name__, getattr(getattr(self.part.down, "source_cls", None), "__name__", "")) else w.T
+        down = self.part.down
+        names = type(down).__name__, getattr(getattr(down, "source_cls", None), "__name__", "") # what it was before it was packed
+        return dequantised(down) if "Conv1D" in names else dequantised(down).T
     def _into(self, module, args, out: Tensor):
         if not self.part.fused: return self.hook_pre(out) if _on(self.hook_pre) else None
         if not (_on(self.hook_pre) or _on(self.hook_pre_linear)): return None
@@ -69,6 +70,7 @@ def _facts_of(hf, layout) -> SimpleNamespace:
                            n_heads=first("num_attention_heads", "num_heads"), n_ctx=n_ctx or 2048,
                            act_fn=getattr(cfg, "hidden_act", None), model_name=getattr(hf.config, "_name_or_path", "") or type(hf).__name__)
 
+# %% ../../nbs/models/11_plain.ipynb #444ad5f3
 class HookedHF(nn.Module):
     "A Hugging Face model with TransformerLens's HookPoints at its MLPs."
     def __init__(self, hf, tokenizer):

@@ -108,6 +108,7 @@ def stops_at(self: ModelView, ends: list[int] # special tokens behind an answer
     own = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None) if self.is_bridge else self.tokenizer.eos_token_id
     return dict(eos_token_id=[*dict.fromkeys([*([own] if isinstance(own, int) else own or []), *ends])])
 
+# %% ../../nbs/models/04_prompts.ipynb #7b4d9995
 @patch
 def generate(self: ModelView,
              prompts: Prompt | list[Prompt], # texts to continue, or turns to answer

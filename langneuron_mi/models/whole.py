@@ -29,7 +29,8 @@ class Whole:
             points, act = self.v.points(l, p), self.v.act_fn(l, p) if kind == "pre" else lambda x: x
             def keep(x): self.got[l, p] = act(x), points.routing if p == "experts" else None
             return keep
-        return [(l, f"{p.kind}.{kind(l, p.kind)}", keeper(l, p.kind, kind(l, p.kind))) for l in self.layers for p in self.v.layout.layers[l]]
+        todo = [(l, p.kind, kind(l, p.kind)) for l in self.layers for p in self.v.layout.layers[l]]
+        return [(l, f"{p}.{k}", keeper(l, p, k)) for l, p, k in todo]
 
     def _dense(self, layer: int, part: str, batch: int) -> Float[Tensor, "batch pos width"]:
         "One part's activations."
@@ -51,6 +52,7 @@ class Whole:
         x = torch.cat([self._dense(layer, k, batch) for k in kinds], -1)
         return torch.nn.functional.pad(x, (0, self.v.d_mlp - x.shape[-1]))
 
+# %% ../../nbs/models/13_whole.ipynb #a0376955
 @patch
 @contextmanager
 def whole(self: ModelView,

@@ -211,6 +211,7 @@ def _side_by_side(parts: list[Tensor], axis: int, width: int, like: Tensor) -> T
     pad = like.new_zeros([width - used if a == axis % like.ndim else n for a, n in enumerate(like.shape)])
     return torch.cat([*parts, pad.to(parts[0].device if parts else pad.device)], axis)
 
+# %% ../../nbs/recording/06_passes.ipynb #a60197a0
 @patch
 def sums(self: Pass) -> dict[str, Tensor]: # [layer, ...] on the CPU
     "The sums of all layers, part after part; of narrower layers with pads."

@@ -76,10 +76,13 @@ class ActivationStats:
     def model(self) -> str | None: return self.meta.get("model")
     @property
     def provenance(self) -> dict: return self.meta
-    def __repr__(self) -> str:
-        tokens = ", ".join(f"{l} {n:,}" for l, n in self.n_tokens.items())
-        size = f"{self.n_layers} layers × {self.d_mlp:,}" if self.layout.dense else f"{self.layout.size:,} neurons in {self.n_layers} layers"
-        return f"ActivationStats({tokens} tokens; {size}, site={self.site!r})"
+
+# %% ../../nbs/recording/01_stats.ipynb #ea9cdb87
+@patch
+def __repr__(self: ActivationStats) -> str:
+    tokens = ", ".join(f"{l} {n:,}" for l, n in self.n_tokens.items())
+    size = f"{self.n_layers} layers × {self.d_mlp:,}" if self.layout.dense else f"{self.layout.size:,} neurons in {self.n_layers} layers"
+    return f"ActivationStats({tokens} tokens; {size}, site={self.site!r})"
 
 # %% ../../nbs/recording/01_stats.ipynb #72012cc5
 @patch(cls_method=True)
@@ -175,7 +178,8 @@ def given(self: ActivationStats,
     parts, n = self.layout.layers[layer], self.n_tokens[lang]
     if self.routing is None: routed = None
     else: routed = self.routing["routed"][self.langs.index(lang), layer]
-    each = [routed[:p.count].repeat_interleave(p.width) if p.kind == "experts" and routed is not None else torch.full((p.size,), n) for p in parts]
+    def of(p): return routed[:p.count].repeat_interleave(p.width) if p.kind == "experts" and routed is not None else torch.full((p.size,), n)
+    each = [of(p) for p in parts]
     return torch.cat([*each, torch.zeros(self.d_mlp - sum(p.size for p in parts), dtype=torch.int64)])
 
 def _over_tokens(fn: Callable, s, k: int, kind: str) -> Tensor: # [layer, neuron]

@@ -48,7 +48,9 @@ def _neurons(v: ModelView, layers, neurons, site: str) -> list[tuple[int, int]]:
     else: chosen = [(l, i) for l in layers for i in range(v.layout.widths[l] if 0 <= l < v.n_layers else 1)]
     for l, i in chosen:
         try: v.layout.check(l, i)
-        except ValueError as e: raise ValueError(f"no neuron {i} in layer {l}: {v.model_id} has {v.n_layers} layers × {v.d_mlp} neurons ({e})") from None
+        except ValueError as e:
+            has = f"{v.n_layers} layers × {v.d_mlp} neurons"
+            raise ValueError(f"no neuron {i} in layer {l}: {v.model_id} has {has} ({e})") from None
     return chosen
 
 # %% ../../nbs/recording/04_tokens.ipynb #7c803301

@@ -55,7 +55,8 @@ class Sharing:
     def layout(self) -> Layout: return from_json(self.provenance.get("parts"), self.shape)
     def __repr__(self) -> str:
         thetas = ", ".join(f"{t:g}" for t in self.theta)
-        size = f"{self.shape[0]} layers × {self.shape[1]:,}" if self.layout.dense else f"{self.layout.size:,} neurons in {self.shape[0]} layers"
+        n, dense = self.shape[0], self.layout.dense
+        size = f"{n} layers × {self.shape[1]:,}" if dense else f"{self.layout.size:,} neurons in {n} layers"
         return (f"Sharing({self.n_inputs} inputs in {', '.join(self.langs)}; {size}, "
                 f"{self.token} token, theta={thetas}, site={self.site!r})")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..change.interventions import ablate, add
 from ..find.identification import lape
@@ -26,8 +27,10 @@ from .tiny import ARCHS, tiny_model
 from ..tuning.neuron_lora import wiring
 
 # %% ../../nbs/testing/03_families.ipynb #f21c131d
-TEXTS = {"en": ["the quick brown fox", "jumps over it", "the lazy dog again and again"]*6, "de": ["der schnelle braune", "Fuchs springt weit"]*8}
+TEXTS = {"en": ["the quick brown fox", "jumps over it", "the lazy dog again and again"]*6,
+         "de": ["der schnelle braune", "Fuchs springt weit"]*8}
 
+# %% ../../nbs/testing/03_families.ipynb #1183013d
 class _Trial:
     "One model, and what it has shown so far."
     def __init__(self, arch: str):
@@ -55,6 +58,8 @@ class _Trial:
         with intervention.on(self.v.model): edited = self.logits()
         if torch.equal(edited, self.plain): raise ValueError("the intervention changed nothing")
         if not torch.equal(self.logits(), self.plain): raise ValueError("the model is not as before")
+
+# %% ../../nbs/testing/03_families.ipynb #cee29bd2
     def experts(self) -> None:
         layer = next(l for l, w in enumerate(self.v.layout.experts.widths) if w)
         one = NeuronSet([(layer, 0)], self.v.layout.experts, "router")
@@ -67,6 +72,7 @@ class _Trial:
     def attribute(self) -> None: contribution(self.v.model, ["abc"], progress=False)
     def tune(self) -> None: wiring(tiny_model(self.arch)[0])
 
+# %% ../../nbs/testing/03_families.ipynb #af60451f
 STEPS = "load", "record", "find", "ablate", "experts", "write", "perplexity", "share", "attribute", "tune"
 
 # %% ../../nbs/testing/03_families.ipynb #828fdafe

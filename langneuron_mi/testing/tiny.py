@@ -48,6 +48,8 @@ ARCHS = { # name: (config class, sizes); the model class follows from the config
                               max_position_embeddings=256)),
     "xglm": ("XGLMConfig", dict(d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=256)),
 }
+
+# %% ../../nbs/testing/00_tiny.ipynb #f19c3937
 _routed = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
 _local = dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
 _latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
@@ -72,6 +74,9 @@ ARCHS |= { # mixtures of experts
     "granite_moe": ("GraniteMoeConfig", _common | _local),
     "phi_moe": ("PhimoeConfig", _common | _local),
 }
+
+# %% ../../nbs/testing/00_tiny.ipynb #c0f01737
+_heads_only = {k: x for k, x in _common.items() if k not in ("num_key_value_heads", "head_dim")}
 ARCHS |= { # other attention, other layers
     "gemma4": ("Gemma4TextConfig", _common | _gemma4),
     "qwen3_5": ("Qwen3_5TextConfig", _common | _delta),
@@ -80,7 +85,7 @@ ARCHS |= { # other attention, other layers
     "lfm2": ("Lfm2Config", _common | dict(layer_types=["conv", "full_attention"])),
     "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
     "phi3": ("Phi3Config", _common), "olmo2": ("Olmo2Config", _common), "granite": ("GraniteConfig", _common),
-    "gpt_neox": ("GPTNeoXConfig", {k: x for k, x in _common.items() if k not in ("num_key_value_heads", "head_dim")}), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
+    "gpt_neox": ("GPTNeoXConfig", _heads_only), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
     "falcon": ("FalconConfig", dict(hidden_size=32, ffn_hidden_size=64, num_hidden_layers=2, num_attention_heads=4)),
     "cohere2": ("Cohere2Config", _common), "smollm3": ("SmolLM3Config", _common), "stablelm": ("StableLmConfig", _common),
     "nemotron": ("NemotronConfig", _common),
