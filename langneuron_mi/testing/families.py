@@ -60,17 +60,31 @@ class _Trial:
         if not torch.equal(self.logits(), self.plain): raise ValueError("the model is not as before")
 
 # %% ../../nbs/testing/03_families.ipynb #cee29bd2
-    def experts(self) -> None:
-        layer = next(l for l, w in enumerate(self.v.layout.experts.widths) if w)
-        one = NeuronSet([(layer, 0)], self.v.layout.experts, "router")
-        self._changes(ablate(one) + add(NeuronSet([(layer, 1)], self.v.layout.experts, "router"), 1.))
-    def write(self) -> None:
-        with ablate(self.found["de"]).on(self.v.model): self.v.generate(["abc", "de"], 3)
-    def perplexity(self) -> None:
-        if not bool(torch.isfinite(window_nll(self.v.model, self.ids)).all()): raise ValueError("perplexity is not finite")
-    def share(self) -> None: sharing(self.v.model, {l: t[:2] for l, t in TEXTS.items()}, progress=False)
-    def attribute(self) -> None: contribution(self.v.model, ["abc"], progress=False)
-    def tune(self) -> None: wiring(tiny_model(self.arch)[0])
+#| export
+
+# %% ../../nbs/testing/03_families.ipynb #c20c7e60
+@patch
+def experts(self: _Trial) -> None:
+    layer = next(l for l, w in enumerate(self.v.layout.experts.widths) if w)
+    one = NeuronSet([(layer, 0)], self.v.layout.experts, "router")
+    self._changes(ablate(one) + add(NeuronSet([(layer, 1)], self.v.layout.experts, "router"), 1.))
+
+@patch
+def write(self: _Trial) -> None:
+    with ablate(self.found["de"]).on(self.v.model): self.v.generate(["abc", "de"], 3)
+
+@patch
+def perplexity(self: _Trial) -> None:
+    if not bool(torch.isfinite(window_nll(self.v.model, self.ids)).all()): raise ValueError("perplexity is not finite")
+
+@patch
+def share(self: _Trial) -> None: sharing(self.v.model, {l: t[:2] for l, t in TEXTS.items()}, progress=False)
+
+@patch
+def attribute(self: _Trial) -> None: contribution(self.v.model, ["abc"], progress=False)
+
+@patch
+def tune(self: _Trial) -> None: wiring(tiny_model(self.arch)[0])
 
 # %% ../../nbs/testing/03_families.ipynb #af60451f
 STEPS = "load", "record", "find", "ablate", "experts", "write", "perplexity", "share", "attribute", "tune"
