@@ -118,6 +118,7 @@ class PartEdits:
         self.up = self.now = None
         return post
 
+# %% ../../nbs/change/01_edits.ipynb #a79f392a
 @patch
 def here(self: PartEdits, e: Edit, x: Tensor) -> Tensor | None: # bool, broadcasts over neurons
     "Where an edit applies; shared MLPs of some models are given a flattened batch."

@@ -69,7 +69,7 @@ def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
         owner = root.get_submodule(module)
         with _brought_in(owner) if p.device.type == "meta" else nullcontext():
             w = owner._parameters[last]
-            w = dequantised(owner) if form(w) else w
+            w = dequantised(owner, last) if form(w) else w
             facts.append((name.replace("._original_component", ""), list(w.shape), _checksum(w)))
     return sorted(facts)
 

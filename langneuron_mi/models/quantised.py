@@ -144,10 +144,11 @@ def _multiplied(layer: torch.nn.Module) -> Tensor: # [out, in]
 
 @torch.no_grad()
 def dequantised(module: torch.nn.Module, # a linear layer, inside TransformerLens's wrapper or not
+                name: str = "weight", # of its parameter
                ) -> Tensor: # in floating point, as the plain layer keeps it: [out, in], GPT-2's [in, out]
     "The weight of a layer as ordinary numbers; one that is not quantised is given as it is."
     layer = getattr(module, "original_component", None) or module
-    w = layer.weight
+    w = layer._parameters[name]
     if form(w) is None: return w.detach()
     if form(w).endswith("(torchao)"):
         try: return w.dequantize()
