@@ -24,6 +24,7 @@ class Continuations:
     rest: list[list[int]] # of each text, what comes after the prefix
     merged: bool # does a text merge the prompt's last token with its own?
 
+# %% ../../nbs/measure/06_continuations.ipynb #9c67c6bf
 def _in_turn(v: ModelView, prompt: str, texts: list[str], asking: Asking) -> Continuations:
     "Texts that begin with a prompt, as answers to it: none takes a token of its turn."
     put, rest = asking.put(v, [prompt])[0], []

@@ -87,6 +87,7 @@ def _continue_row(self: ModelView, row: Int[Tensor, "1 pos"], use_cache: bool, *
         out = self.model.generate(row, verbose=False, use_past_kv_cache=use_cache, prepend_bos=False, return_type="tokens", **options)
     return self.tokenizer.decode(out[0, row.shape[1]:], skip_special_tokens=True)
 
+# %% ../../nbs/models/04_prompts.ipynb #298d4420
 @patch
 @torch.no_grad()
 def continue_ids(self: ModelView,

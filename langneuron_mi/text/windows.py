@@ -71,10 +71,6 @@ class TokenWindows:
         "Tokens of a language that count: all real ones, or those of some roles."
         return len(self.streams[lang] if self.counted is None else self.counted[lang])
 
-    def _among(self, lang: str, positions: np.ndarray) -> np.ndarray:
-        "How many tokens that count stand before each position of the stream."
-        return positions if self.counted is None else np.searchsorted(self.counted[lang], positions)
-
     def n_windows(self, lang: str) -> int:
         "Windows of a language."
         return len(self.starts[lang]) if self.layout == "texts" else math.ceil(self.n_tokens(lang)/self.real)
@@ -88,7 +84,7 @@ class TokenWindows:
 
     def offsets(self, lang: str) -> np.ndarray: # int64 [texts]
         "Where each text begins among the tokens that count."
-        return self._among(lang, self.starts[lang])
+        return self.starts[lang] if self.counted is None else np.searchsorted(self.counted[lang], self.starts[lang])
 
     def seen(self, lang: str) -> np.ndarray: # uint64, sorted
         "Sketch of the texts that went into the windows."
