@@ -253,6 +253,19 @@ def test_experts_off_with_corrections_equal_a_router_that_has_none_of_them(corre
     assert torch.equal(correction, before)
 
 
+def test_experts_off_in_groups_leave_enough_where_a_token_may_choose(corrected):
+    v, hand, _ = corrected # experts 0 to 3 and 4 to 7 are the groups, where there are two
+    router = v.hf.model.layers[1].mlp.gate
+    def off(*experts): return (ablate(NeuronSet([(1, e) for e in experts], v.layout.experts, "router")),
+                               [Change("off", {1: (torch.tensor(experts), torch.zeros(len(experts)))}, "router")])
+    check_logits(v, hand, *off(0, 1, 2, 3)), check_logits(v, hand, *off(4, 5, 6, 7)) # a whole group
+    check_logits(v, hand, *off(0, 1, 4, 5))
+    if router.topk_group < router.num_group: # one group is chosen, and none has two
+        with pytest.raises(ValueError, match="leaves 1 experts in layer 1, and every token there goes to 2"), off(0, 1, 2, 4, 5, 6)[0].on(v.model): pass
+    else: check_logits(v, hand, *off(0, 1, 2, 4, 5, 6))
+    assert router.e_score_correction_bias.isfinite().all()
+
+
 @pytest.mark.parametrize("arch", MIXTURES)
 def test_experts_too_many_off_and_what_no_router_can_do_are_refused(arch):
     v, hand, _ = loaded(arch)

@@ -17,7 +17,7 @@ from langneuron_mi.find.methods import activation_probability, average_precision
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import ActivationStats
 
-fast = settings(max_examples=40, deadline=None, derandomize=True)
+fast = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)
 pytestmark = pytest.mark.filterwarnings("ignore:no neuron was found")
 
