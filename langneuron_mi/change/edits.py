@@ -182,6 +182,15 @@ def _check_router(v: ModelView, e: Edit) -> None:
             raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "
                              f"not for positions={e.positions!r}")
 
+def _left(v: ModelView, layer: int, off: set[int]) -> int:
+    "Experts that a token can surely choose from: where they stand in groups, it chooses some groups first, by their best experts."
+    points, count = v.points(layer, "experts"), v.layout.part(layer, "experts").count
+    groups = getattr(points.part.router, "num_group", None) or 1
+    each = sorted(count//groups - sum(e*groups//count == g for e in off) for g in range(groups))
+    best = 2 if points.corrections else 1 # experts by which a group is judged
+    first, rest = [n for n in each if n >= best], [n for n in each if n < best]
+    return sum((first + rest)[:getattr(points.part.router, "topk_group", None) or 1] if groups > 1 else each)
+
 def _check_left(v: ModelView, edits: list[Edit]) -> None:
     "Refuse edits that together leave a token fewer experts than it goes to."
     for places in (("all", "prompt", "last"), ("all", "generated", "last")): # the last token of a prompt, and what follows
@@ -189,7 +198,7 @@ def _check_left(v: ModelView, edits: list[Edit]) -> None:
         for e in mine:
             for layer, experts, _ in _chosen(e): off.setdefault(layer, set()).update(experts.tolist())
         for layer, experts in off.items():
-            left, k = v.layout.part(layer, "experts").count - len(experts), v.top_k(layer)
+            left, k = _left(v, layer, experts), v.top_k(layer)
             if left >= k: continue
             raise ValueError(f"{' + '.join(e.name for e in mine)!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; "
                              f"leave {k} or more")
