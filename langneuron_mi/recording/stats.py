@@ -72,12 +72,18 @@ class ActivationStats:
     def shape(self) -> tuple[int, int]: return self.n_layers, self.d_mlp
     @cached_property
     def layout(self) -> Layout: return from_json(self.meta.get("parts"), self.shape)
-    @property
-    def model(self) -> str | None: return self.meta.get("model")
-    @property
-    def provenance(self) -> dict: return self.meta
 
 # %% ../../nbs/recording/01_stats.ipynb #ea9cdb87
+@patch(as_prop=True)
+def model(self: ActivationStats) -> str | None:
+    "Fingerprint of the model."
+    return self.meta.get("model")
+
+@patch(as_prop=True)
+def provenance(self: ActivationStats) -> dict:
+    "What the recording came from."
+    return self.meta
+
 @patch
 def __repr__(self: ActivationStats) -> str:
     tokens = ", ".join(f"{l} {n:,}" for l, n in self.n_tokens.items())
