@@ -184,6 +184,7 @@ def _check_router(v: ModelView, e: Edit) -> None:
             raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "
                              f"not for positions={e.positions!r}")
 
+# %% ../../nbs/change/01_edits.ipynb #525d553c
 def _left(v: ModelView, layer: int, off: set[int]) -> int:
     "Experts that a token can surely choose from: where they stand in groups, it chooses some groups first, by their best experts."
     points, count = v.points(layer, "experts"), v.layout.part(layer, "experts").count
@@ -205,6 +206,7 @@ def _check_left(v: ModelView, edits: list[Edit]) -> None:
             raise ValueError(f"{' + '.join(e.name for e in mine)!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; "
                              f"leave {k} or more")
 
+# %% ../../nbs/change/01_edits.ipynb #2066327b
 def router_triples(v: ModelView, edits: list[Edit]) -> list[tuple[int, str, Callable]]:
     "Hooks on the routers' logits."
     def changer(e: Edit, layer: int, experts: Tensor, values: Tensor) -> Callable:
