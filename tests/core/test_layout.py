@@ -8,7 +8,7 @@ from layouts import layouts, neurons
 
 from langneuron_mi.core.layout import KINDS, Layout, Parts, from_json, layout_of, uniform
 
-fast = settings(max_examples=100, deadline=None, derandomize=True)
+fast = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 @fast

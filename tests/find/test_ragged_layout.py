@@ -17,7 +17,8 @@ from langneuron_mi.find.methods import activation_probability, average_precision
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import ActivationStats
 
-fast = settings(max_examples=30, deadline=None, derandomize=True)
+fast = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(fast, max_examples=8)
 seeds = st.integers(0, 10**6)
 pytestmark = pytest.mark.filterwarnings("ignore:no neuron was found")
 
@@ -62,7 +63,7 @@ def test_layout_random_sets_hold_no_pads(layout, seed):
     assert not len(whole.random_like(seed, exclude=None, among=whole) - whole)
 
 
-@fast
+@few
 @given(layouts(), seeds)
 def test_layout_files_keep_it(tmp_path_factory, layout, seed):
     folder = tmp_path_factory.mktemp("files")
@@ -172,7 +173,7 @@ def test_layout_activation_probability_knows_no_pads(layout, seed, by, top):
     same(found, all_, [smallest(-o, round(len(all_)*top)) for o in score])
 
 
-@fast
+@few
 @given(layouts(), seeds, st.integers(1, 4), st.sampled_from([None, .3]), st.booleans())
 def test_layout_average_precision_knows_no_pads(layout, seed, n, threshold, exclusive):
     assume(layout.size >= 2*n)
