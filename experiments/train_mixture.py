@@ -116,6 +116,12 @@ def train(model: Qwen3MoeForCausalLM, text: dict[str, Tensor], held_out: dict[st
     return log
 
 
+def finished(out: Path, plan: Plan) -> bool:
+    "Is a model of this plan there?"
+    facts = out/"training.json" # written last
+    return facts.exists() and json.loads(facts.read_text())["plan"] == asdict(plan)
+
+
 def texts_of(corpus: Corpus) -> dict[str, list[str]]: return {lang: corpus.texts(lang) for lang in corpus.langs}
 
 
@@ -127,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     plan = Plan(steps=args.steps)
+    if finished(args.out, plan): return print(f"{args.out} holds this model already; remove the folder to train it again")
     first, second = map(texts_of, load_corpus("bible", list(LANGS)).split(.1, seed=0))
     tok = make_tokenizer([t for texts in first.values() for t in texts[::4]], plan.vocab)
     text = {lang: windows(tok, texts, plan.length) for lang, texts in first.items()}

@@ -182,6 +182,7 @@ def _check_router(v: ModelView, e: Edit) -> None:
             raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "
                              f"not for positions={e.positions!r}")
 
+# %% ../../nbs/change/01_edits.ipynb #525d553c
 def _left(v: ModelView, layer: int, off: set[int]) -> int:
     "Experts that a token can surely choose from: where they stand in groups, it chooses some groups first, by their best experts."
     points, count = v.points(layer, "experts"), v.layout.part(layer, "experts").count
