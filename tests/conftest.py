@@ -53,8 +53,9 @@ PLAIN = ("test_recorded_experts.py", "test_changed_experts.py", "test_planted_ex
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Slow: tests that start a Ray cluster, but for the two that compare bits; and tests of plain Hugging Face models, in which TransformerLens
-    gives only its HookPoint (tests/testing/test_families_table.py runs every architecture on both versions)."""
+    """Slow: tests that start a Ray cluster, but for the two that compare bits; and tests of plain Hugging Face models.
+
+    TransformerLens gives these only its HookPoint; tests/testing/test_families_table.py runs every architecture on both versions."""
     for item in items:
         if item.path.name in PLAIN: item.add_marker(pytest.mark.slow)
         if item.path.name == "test_scaling.py" and "cluster" in item.fixturenames and "same_bits" not in item.name:

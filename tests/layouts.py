@@ -43,24 +43,41 @@ def random_stats(layout, seed=0, groups=True, texts=4):
     routed = np.zeros((K, layout.n_layers, max(n_experts, 1)), dtype=np.int64)
     for layer, parts in enumerate(layout.layers):
         count = next((p.count for p in parts if p.kind == "experts"), 0)
-        routed[:, layer, :count] = g.integers(0, 30, (K, count))*(g.random((K, count)) > .2)
-    given = np.array([[routed[k, a, int(name.split()[1])] if name[:6] == "expert" else TOKENS[k] for a, _, name, _ in all_] for k in range(K)])
-    plain = dict(given=given, count=g.binomial(given, g.random((1, len(all_)))*(g.random((K, len(all_))) > .3)), sum=g.normal(size=given.shape)*given,
-                 above=g.binomial(given, .1*g.random((K, len(all_)))), abs=g.random(given.shape)*given,
-                 text_means=g.normal(size=(K, texts, len(all_))).round(1), impact=g.random((K, texts, len(all_))).round(2))
-    def spread(x, pads, dtype): # [..., neuron] to [..., layer, neuron]
+        routed[:, layer, :count] = g.integers(0, 30, (K, count)) * (g.random((K, count)) > 0.2)
+    given = np.array(
+        [[routed[k, a, int(name.split()[1])] if name[:6] == "expert" else TOKENS[k] for a, _, name, _ in all_] for k in range(K)]
+    )
+    plain = dict(
+        given=given,
+        count=g.binomial(given, g.random((1, len(all_))) * (g.random((K, len(all_))) > 0.3)),
+        sum=g.normal(size=given.shape) * given,
+        above=g.binomial(given, 0.1 * g.random((K, len(all_)))),
+        abs=g.random(given.shape) * given,
+        text_means=g.normal(size=(K, texts, len(all_))).round(1),
+        impact=g.random((K, texts, len(all_))).round(2),
+    )
+
+    def spread(x, pads, dtype):  # [..., neuron] to [..., layer, neuron]
         out = torch.full((*x.shape[:-1], *layout.shape), pads, dtype=dtype)
         out[..., l, n] = torch.from_numpy(x).to(dtype)
         return out
     count = spread(plain["count"], 0, torch.int64)
     count[:, ~layout.real] = torch.tensor(TOKENS)[:, None]
     above = spread(np.repeat(plain["above"][:, None], len(LEVELS), 1), 40, torch.int64)
-    per_text = {k: {lang: spread(plain[k][i], 9., torch.float32).transpose(0, 1) for i, lang in enumerate(LANGS)} for k in ("text_means", "impact")}
-    quantile = spread(np.repeat(plain["abs"][:, None], len(LEVELS), 1), 9., torch.float32)
-    more = dict(moments=dict(sum=spread(plain["sum"], 999., torch.float64), sumsq=spread(plain["sum"]**2, 999., torch.float64),
-                             max=spread(plain["sum"], 999., torch.float64)),
-                quantiles=dict(quantile=quantile, above=above, abs=spread(plain["abs"], 999., torch.float64)), **per_text)
-    routing = dict(routed=torch.from_numpy(routed), router_weight=torch.from_numpy(routed*.5)) if n_experts else None
+    per_text = {
+        k: {lang: spread(plain[k][i], 9.0, torch.float32).transpose(0, 1) for i, lang in enumerate(LANGS)} for k in ("text_means", "impact")
+    }
+    quantile = spread(np.repeat(plain["abs"][:, None], len(LEVELS), 1), 9.0, torch.float32)
+    more = dict(
+        moments=dict(
+            sum=spread(plain["sum"], 999.0, torch.float64),
+            sumsq=spread(plain["sum"] ** 2, 999.0, torch.float64),
+            max=spread(plain["sum"], 999.0, torch.float64),
+        ),
+        quantiles=dict(quantile=quantile, above=above, abs=spread(plain["abs"], 999.0, torch.float64)),
+        **per_text,
+    )
+    routing = dict(routed=torch.from_numpy(routed), router_weight=torch.from_numpy(routed * 0.5)) if n_experts else None
     meta = {} if layout.dense else dict(parts=layout.to_json())
     stats = ActivationStats(LANGS, dict(zip(LANGS, TOKENS)), count, meta=meta, routing=routing, **(more if groups else {}))
     return stats, plain, all_

@@ -44,7 +44,10 @@ PARTS = { # architecture: the parts of every layer, in the order in which neuron
     "olmoe": alike(Mixture("mlp.experts", "mlp.gate")),
     "gpt_oss": alike(Mixture("mlp.experts", "mlp.router", None)),
     "deepseek_v3": [[swiglu], [Mixture("mlp.experts", "mlp.gate"), Dense("mlp.shared_experts", 24)]],
-    "llama4": [[Dense("feed_forward", 64)], [Mixture("feed_forward.experts", "feed_forward.router"), Dense("feed_forward.shared_expert", 24)]],
+    "llama4": [
+        [Dense("feed_forward", 64)],
+        [Mixture("feed_forward.experts", "feed_forward.router"), Dense("feed_forward.shared_expert", 24)],
+    ],
     "gemma4_moe": alike(Dense("mlp", 64, tanh_gelu), Mixture("experts", "router", tanh_gelu)),
     "granite_moe": alike(Mixture("block_sparse_moe.experts", "block_sparse_moe.router")),
     "phi_moe": alike(Mixture("mlp.experts", "mlp.router")),
@@ -239,9 +242,11 @@ class ByHand:
             slot, token = torch.where((index == e).T)
             if not len(token): continue
             rows = lambda gate_up: self.gate(l, p, start, len(x), gate_up, token, torch.full_like(token, e))
-            if self.arch == "gpt_oss": y = rows(x[token] @ m.gate_up_proj[e] + m.gate_up_proj_bias[e]) @ m.down_proj[e] + m.down_proj_bias[e]
-            else: y = F.linear(rows(F.linear(x[token], m.gate_up_proj[e])), m.down_proj[e])
-            out.index_add_(0, token, (y*weights[token, slot, None]).to(out.dtype))
+            if self.arch == "gpt_oss":
+                y = rows(x[token] @ m.gate_up_proj[e] + m.gate_up_proj_bias[e]) @ m.down_proj[e] + m.down_proj_bias[e]
+            else:
+                y = F.linear(rows(F.linear(x[token], m.gate_up_proj[e])), m.down_proj[e])
+            out.index_add_(0, token, (y * weights[token, slot, None]).to(out.dtype))
         return out
 
     def _theirs(self, l, p, start, m, x, index, weights):

@@ -175,12 +175,12 @@ def _chosen(e: Edit) -> Iterator[tuple[int, Tensor, Tensor]]: # layer, experts, 
 def _check_router(v: ModelView, e: Edit) -> None:
     "Refuse what cannot be done to a router."
     if e.current is not None or not (e.op == "add" or e.op == "scale" and bool((e.value == 0).all())):
-        raise ValueError(f"{e.name!r}: an expert as a whole can be switched off (ablate) or favoured by a number on its logit (add); its neurons "
-                         "can be scaled and set: find them at the site 'gate'")
+        raise ValueError(f"{e.name!r}: an expert as a whole can be switched off (ablate) or favoured by a number on its logit (add); "
+                         "its neurons can be scaled and set: find them at the site 'gate'")
     for layer, _, _ in _chosen(e):
         if e.op == "scale" and v.points(layer, "experts").corrections and e.positions != "all":
-            raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for all tokens, "
-                             f"not for positions={e.positions!r}")
+            raise ValueError(f"the router of layer {layer} corrects its scores after the logits, so that an expert can only be off for "
+                             f"all tokens, not for positions={e.positions!r}")
 
 # %% ../../nbs/change/01_edits.ipynb #525d553c
 def _left(v: ModelView, layer: int, off: set[int]) -> int:
@@ -201,8 +201,8 @@ def _check_left(v: ModelView, edits: list[Edit]) -> None:
         for layer, experts in off.items():
             left, k = _left(v, layer, experts), v.top_k(layer)
             if left >= k: continue
-            raise ValueError(f"{' + '.join(e.name for e in mine)!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; "
-                             f"leave {k} or more")
+            names = " + ".join(e.name for e in mine)
+            raise ValueError(f"{names!r} leaves {left} experts in layer {layer}, and every token there goes to {k}; leave {k} or more")
 
 # %% ../../nbs/change/01_edits.ipynb #77a44bb2
 def router_triples(v: ModelView, edits: list[Edit]) -> list[tuple[int, str, Callable]]:

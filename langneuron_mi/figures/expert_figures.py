@@ -17,7 +17,8 @@ from .look import TEMPLATE, _bar, _grid, _narrow, _need, _unique, lang_name
 def _routing_panel(df: pd.DataFrame, layer, langs: list, experts: list) -> go.Heatmap: # columns lang, expert, share
     "One layer's shares."
     z = 100*_grid(df, "lang", "expert", "share", langs, experts)
-    hover = [[f"{lang_name(l)}, layer {layer}, expert {e}<br><b>{v:.1f} %</b> of the language's routed tokens" for e, v in zip(experts, row)]
+    hover = [[f"{lang_name(l)}, layer {layer}, expert {e}<br><b>{v:.1f} %</b> of the language's routed tokens"
+              for e, v in zip(experts, row)]
              for l, row in zip(langs, z)]
     few = len(experts) <= 16
     return go.Heatmap(z=z, x=[str(e) for e in experts], y=list(range(len(langs))), xgap=1, ygap=1, coloraxis="coloraxis", hovertext=hover,
@@ -37,7 +38,8 @@ def routing_heatmap(df: pd.DataFrame, # columns lang, layer, expert, share (of t
         fig.add_trace(_routing_panel(df[df.layer == layer], layer, langs, experts[layer]), row=i + 1, col=1)
     fig.update_annotations(font_size=13, x=0, xanchor="left")
     fig.update_layout(template=TEMPLATE, title_text=title, height=len(layers)*(tall + gap) + 110, margin_t=70,
-                      coloraxis=dict(colorscale="Blues", cmin=0, colorbar=dict(title_text="% of the<br>language's<br>routed tokens", **_bar)))
+                      coloraxis=dict(colorscale="Blues", cmin=0,
+                                     colorbar=dict(title_text="% of the<br>language's<br>routed tokens", **_bar)))
     fig.update_xaxes(type="category", showgrid=False, tickangle=0, showticklabels=not alike)
     fig.update_xaxes(title_text="expert", showticklabels=True, row=len(layers))
     fig.update_yaxes(tickvals=list(range(len(langs))), ticktext=[lang_name(l) for l in langs], autorange="reversed", showgrid=False)
@@ -53,7 +55,8 @@ def divergence_heatmap(df: pd.DataFrame, # columns layer, lang_a, lang_b, bits
     layers = sorted(_unique(d.layer))
     z = _grid(d, "pair", "layer", "bits", pairs, layers)
     hover = [[f"{p}, layer {l}<br><b>{v:.3f}</b> bits" for l, v in zip(layers, row)] for p, row in zip(pairs, z)]
-    fig = go.Figure(go.Heatmap(z=z, x=[str(l) for l in layers], y=list(range(len(pairs))), xgap=1, ygap=1, zmin=0, zmax=1, colorscale="Blues",
+    fig = go.Figure(go.Heatmap(z=z, x=[str(l) for l in layers], y=list(range(len(pairs))), xgap=1, ygap=1, zmin=0, zmax=1,
+                               colorscale="Blues",
                                hovertext=hover, hoverinfo="text", texttemplate="%{z:.2f}" if len(layers) <= 16 else None, textfont_size=11,
                                colorbar=dict(title_text="Jensen-Shannon<br>divergence, bits", tickvals=[0, .5, 1], **_bar)))
     fig.update_layout(template=TEMPLATE, title_text=title, height=130 + 24*max(len(pairs), 3))

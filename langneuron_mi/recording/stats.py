@@ -184,7 +184,9 @@ def given(self: ActivationStats,
     parts, n = self.layout.layers[layer], self.n_tokens[lang]
     if self.routing is None: routed = None
     else: routed = self.routing["routed"][self.langs.index(lang), layer]
-    def of(p): return routed[:p.count].repeat_interleave(p.width) if p.kind == "experts" and routed is not None else torch.full((p.size,), n)
+    def of(p):
+        if p.kind == "experts" and routed is not None: return routed[:p.count].repeat_interleave(p.width)
+        return torch.full((p.size,), n)
     each = [of(p) for p in parts]
     return torch.cat([*each, torch.zeros(self.d_mlp - sum(p.size for p in parts), dtype=torch.int64)])
 

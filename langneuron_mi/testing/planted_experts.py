@@ -56,7 +56,8 @@ def place(self: Homes,
     for role, n in sorted(sizes.items(), key=lambda x: x[0] == "silent"):
         at = self.everyone if role == "silent" else self.own.get(role, self.shared)
         slots = [s for e in at for s in free[e]]
-        if n > len(slots): raise ValueError(f"{role}: {n} neurons, and room for {len(slots)} in {len(at)} experts of {width}; raise d_mlp or n_layers")
+        if n > len(slots):
+            raise ValueError(f"{role}: {n} neurons, and room for {len(slots)} in {len(at)} experts of {width}; raise d_mlp or n_layers")
         found[role] = rng.permutation(slots)[:n]
         taken = set(found[role].tolist())
         for e in at: free[e] = [s for s in free[e] if s not in taken]

@@ -49,9 +49,17 @@ def edits(arch, v, site="gate", values=None):
     sets = [some(arch, k) for k in range(4)]
     a, b, c, d = (NeuronSet(pairs(s), v.layout, site) for s in sets)
     value = 1.5 if values is None else values[0]
-    did = ablate(a) + set_to(b, value) + amplify(c, by=-2.5) + add(d, .7)
-    def full(s, x): return {l: (which, torch.full((len(which),), x) if isinstance(x, float) else x[l][which]) for l, which in s.items()}
-    by_hand = [("times", sets[0], 0.), ("set", sets[1], 1.5 if values is None else values[1]), ("times", sets[2], -2.5), ("plus", sets[3], .7)]
+    did = ablate(a) + set_to(b, value) + amplify(c, by=-2.5) + add(d, 0.7)
+
+    def full(s, x):
+        return {l: (which, torch.full((len(which),), x) if isinstance(x, float) else x[l][which]) for l, which in s.items()}
+
+    by_hand = [
+        ("times", sets[0], 0.0),
+        ("set", sets[1], 1.5 if values is None else values[1]),
+        ("times", sets[2], -2.5),
+        ("plus", sets[3], 0.7),
+    ]
     return did, [Change(op, full(s, x), site) for op, s, x in by_hand]
 
 
@@ -182,7 +190,9 @@ def mixtures_in(arch): return [l for l, parts in enumerate(PARTS[arch]) if any(i
 def experts_off(arch, v, which):
     "Some experts off in every layer that has any, and the same by hand."
     at = {l: which(arch, l) for l in mixtures_in(arch)}
-    return ablate(NeuronSet(pairs(at), v.layout.experts, "router")), [Change("off", {l: (w, torch.zeros(len(w))) for l, w in at.items()}, "router")]
+    return ablate(NeuronSet(pairs(at), v.layout.experts, "router")), [
+        Change("off", {l: (w, torch.zeros(len(w))) for l, w in at.items()}, "router")
+    ]
 
 
 def favoured(arch, v, value):
@@ -218,7 +228,9 @@ def test_experts_off_generate_as_by_hand(arch):
         check_texts(v, hand, tok, did.where(where), lambda n: [Change(c.op, c.at, c.site, placed(arch, where, n)) for c in changes])
 
 
-@pytest.fixture(scope="module", params=[dict(n_group=1, topk_group=1), dict(n_group=2, topk_group=1), dict(n_group=2, topk_group=2)], ids=str)
+@pytest.fixture(
+    scope="module", params=[dict(n_group=1, topk_group=1), dict(n_group=2, topk_group=1), dict(n_group=2, topk_group=2)], ids=str
+)
 def corrected(request):
     "DeepSeek-V3 with eight experts in groups, and corrections that decide a lot."
     both = [tiny_model("deepseek_v3", num_local_experts=8, n_routed_experts=8, **request.param) for _ in range(2)]
@@ -260,9 +272,14 @@ def test_experts_off_in_groups_leave_enough_where_a_token_may_choose(corrected):
                                [Change("off", {1: (torch.tensor(experts), torch.zeros(len(experts)))}, "router")])
     check_logits(v, hand, *off(0, 1, 2, 3)), check_logits(v, hand, *off(4, 5, 6, 7)) # a whole group
     check_logits(v, hand, *off(0, 1, 4, 5))
-    if router.topk_group < router.num_group: # one group is chosen, and none has two
-        with pytest.raises(ValueError, match="leaves 1 experts in layer 1, and every token there goes to 2"), off(0, 1, 2, 4, 5, 6)[0].on(v.model): pass
-    else: check_logits(v, hand, *off(0, 1, 2, 4, 5, 6))
+    if router.topk_group < router.num_group:  # one group is chosen, and none has two
+        with (
+            pytest.raises(ValueError, match="leaves 1 experts in layer 1, and every token there goes to 2"),
+            off(0, 1, 2, 4, 5, 6)[0].on(v.model),
+        ):
+            pass
+    else:
+        check_logits(v, hand, *off(0, 1, 2, 4, 5, 6))
     assert router.e_score_correction_bias.isfinite().all()
 
 
@@ -275,9 +292,11 @@ def test_experts_too_many_off_and_what_no_router_can_do_are_refused(arch):
     want = v.logits(torch.arange(5, 12)[None])
     with ablate(chosen(*range(4 - k))).on(v.model): pass # the last that can be
     for did in (ablate(chosen(*range(5 - k))), ablate(chosen(*range(4 - k))) + ablate(chosen(4 - k))):
-        with pytest.raises(ValueError, match=f"leaves {k - 1} experts in layer {l}, and every token there goes to {k}"), did.on(v.model): pass
-    for did in (set_to(chosen(0), 1.), amplify(chosen(0), by=2), amplify(chosen(0), to=.5)):
-        with pytest.raises(ValueError, match="switched off .ablate. or favoured by a number on its logit .add."), did.on(v.model): pass
+        with pytest.raises(ValueError, match=f"leaves {k - 1} experts in layer {l}, and every token there goes to {k}"), did.on(v.model):
+            pass
+    for did in (set_to(chosen(0), 1.0), amplify(chosen(0), by=2), amplify(chosen(0), to=0.5)):
+        with pytest.raises(ValueError, match="switched off .ablate. or favoured by a number on its logit .add."), did.on(v.model):
+            pass
     assert torch.equal(v.logits(torch.arange(5, 12)[None]), want)
 
 
@@ -285,7 +304,18 @@ def test_experts_off_at_different_positions_are_counted_apart():
     v, hand, tok = loaded("mixtral")
     a, b = (NeuronSet([(0, e)], v.layout.experts, "router") for e in (0, 1))
     c = NeuronSet([(0, 2)], v.layout.experts, "router")
-    check_texts(v, hand, tok, (ablate(a) + ablate(b)).where("prompt") + ablate(c).where("generated"), lambda n: [
-        Change("off", {0: (torch.tensor([0, 1]), torch.zeros(2))}, "router", placed("mixtral", "prompt", n)),
-        Change("off", {0: (torch.tensor([2]), torch.zeros(1))}, "router", placed("mixtral", "generated", n))])
-    with pytest.raises(ValueError, match="leaves 1 experts in layer 0"), ((ablate(a) + ablate(b)).where("prompt") + ablate(c).where("last")).on(v.model): pass
+    check_texts(
+        v,
+        hand,
+        tok,
+        (ablate(a) + ablate(b)).where("prompt") + ablate(c).where("generated"),
+        lambda n: [
+            Change("off", {0: (torch.tensor([0, 1]), torch.zeros(2))}, "router", placed("mixtral", "prompt", n)),
+            Change("off", {0: (torch.tensor([2]), torch.zeros(1))}, "router", placed("mixtral", "generated", n)),
+        ],
+    )
+    with (
+        pytest.raises(ValueError, match="leaves 1 experts in layer 0"),
+        ((ablate(a) + ablate(b)).where("prompt") + ablate(c).where("last")).on(v.model),
+    ):
+        pass

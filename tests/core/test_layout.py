@@ -55,8 +55,14 @@ def test_layout_survives_json(layout):
     wrong = layout.n_layers, layout.width + 1
     with pytest.raises(ValueError, match="the layout says"): from_json(layout.to_json(), wrong)
     assert from_json(None, wrong) == uniform(*wrong) == layout_of(wrong) and uniform(*wrong).dense
-    for broken in ({}, dict(layers=[[1, [["mlp", 0, 1]]]], stacks=[]), dict(layers=[[1, [["attention", 3, 1]]]], stacks=[]), dict(layers=[1], stacks=[])):
-        with pytest.raises(ValueError, match="record again"): from_json(broken, layout.shape)
+    for broken in (
+        {},
+        dict(layers=[[1, [["mlp", 0, 1]]]], stacks=[]),
+        dict(layers=[[1, [["attention", 3, 1]]]], stacks=[]),
+        dict(layers=[1], stacks=[]),
+    ):
+        with pytest.raises(ValueError, match="record again"):
+            from_json(broken, layout.shape)
 
 
 @fast

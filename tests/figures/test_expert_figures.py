@@ -10,7 +10,9 @@ LANGS = ["zh", "en"] # not in alphabetical order
 
 def routing(counts=(3, 2)):
     rng = np.random.default_rng(0)
-    return pd.DataFrame([dict(lang=lang, layer=l, expert=e, share=rng.random()) for l, n in enumerate(counts) for lang in LANGS for e in range(n)])
+    return pd.DataFrame(
+        [dict(lang=lang, layer=l, expert=e, share=rng.random()) for l, n in enumerate(counts) for lang in LANGS for e in range(n)]
+    )
 
 
 @pytest.mark.parametrize("counts", [(3, 3), (3, 2), (20,)], ids=str)

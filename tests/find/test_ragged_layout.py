@@ -43,7 +43,8 @@ def test_layout_sets_of_neurons_are_python_sets(layout, seed):
     everything = NeuronSet([o[:2] for o in neurons(layout)], layout)
     assert len(everything) == layout.size and torch.equal(everything.mask(), layout.real) and x <= everything
     if layout.ragged:
-        with pytest.raises(ValueError, match="where this model has no neuron"): NeuronSet(torch.ones(layout.shape, dtype=torch.bool), layout)
+        with pytest.raises(ValueError, match="where this model has no neuron"):
+            NeuronSet(torch.ones(layout.shape, dtype=torch.bool), layout)
         pad = tuple((~layout.real).nonzero()[0].tolist())
         with pytest.raises(ValueError, match="outside this model"): NeuronSet([pad], layout)
         assert pad not in everything

@@ -33,7 +33,9 @@ def test_families_say_in_words_what_is_not_defined(table):
 def test_families_page_is_the_output_of_a_run(table):
     cells = json.loads(PAGE.read_text(encoding="utf-8"))["cells"]
     said = "".join(x for c in cells if c["cell_type"] == "code" for o in c["outputs"] for x in o["data"]["text/markdown"])
-    named = lambda text: {l.split(" | ")[0].strip("| "): [x.startswith("no") for x in l.split(" | ")[3:]] for l in text.splitlines()[2:] if l[:1] == "|"}
+    named = lambda text: {
+        l.split(" | ")[0].strip("| "): [x.startswith("no") for x in l.split(" | ")[3:]] for l in text.splitlines()[2:] if l[:1] == "|"
+    }
     assert named(said) == named(families_text(table)) and len(named(said)) == len(table)
 
 
