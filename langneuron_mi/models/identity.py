@@ -71,6 +71,7 @@ def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
             w = owner._parameters[last]
             w = dequantised(owner, last) if form(w) else w
             facts.append((name.replace("._original_component", ""), list(w.shape), _checksum(w)))
+    facts += [(name, list(b.shape), _checksum(b)) for name, b in root.named_buffers() if "correction" in name] # a router's: no parameter
     return sorted(facts)
 
 # %% ../../nbs/models/03_identity.ipynb #ac584c97
