@@ -6,7 +6,6 @@
 __all__ = ['SITES', 'check_site', 'ActivationStats', 'SiteValue']
 
 # %% ../../nbs/recording/01_stats.ipynb #64e74db7
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..core.atomic import ArtifactError, save_json
 from ..core.fingerprints import fingerprint, provenance
 from ..core.layout import Layout, from_json
+from .published_counts import read_counts
 from ..core.artifacts import load_artifact, save_artifact
 from .text_files import load_texts, save_texts
 from .groups import LEVELS, group_of
@@ -112,20 +112,6 @@ def from_counts(cls: ActivationStats,
     return cls(tuple(langs), {l: int(n[l]) for l in langs}, counts, site, meta=meta)
 
 # %% ../../nbs/recording/01_stats.ipynb #f34edbcc
-def _read_counts(path, lang: str) -> tuple[Tensor, int]:
-    "Counts and tokens of one published file."
-    what = f"{path} ({lang}) is not an activation count file: a dict with 'over_zero' [layer, neuron] and 'n' or 'total_tokens'"
-    if not Path(path).is_file(): raise ArtifactError(f"no file {path} for {lang}")
-    try:
-        with warnings.catch_warnings(action="ignore"): d = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e:
-        raise ArtifactError(f"{what}; it holds something other than tensors, or is damaged, and is not opened, since a pickle can run code "
-                            f"({type(e).__name__})") from None
-    n = next((d[k] for k in ("n", "total_tokens") if k in d), None) if isinstance(d, dict) else None
-    counts = d.get("over_zero") if isinstance(d, dict) else None
-    if n is None or not isinstance(counts, Tensor) or counts.ndim != 2 or counts.is_floating_point(): raise ArtifactError(what)
-    return counts.long(), int(n)
-
 @patch(cls_method=True)
 def from_rucaibox(cls: ActivationStats,
                   paths: Mapping[str, object], # language -> file of that language
@@ -133,7 +119,7 @@ def from_rucaibox(cls: ActivationStats,
                   **meta, # e.g. model_id=...
                  ) -> ActivationStats:
     "Statistics from published activation counts."
-    found = {lang: _read_counts(p, lang) for lang, p in paths.items()}
+    found = {lang: read_counts(p, lang) for lang, p in paths.items()}
     if not found: raise ValueError("give {language: path} for at least one language")
     shapes = {lang: tuple(c.shape) for lang, (c, _) in found.items()}
     if len(set(shapes.values())) > 1: raise ArtifactError(f"these counts are of different models: {shapes}")
@@ -175,6 +161,7 @@ _value_kinds |= {"p_max": _of_texts("p_max", lambda t: t.amax(1)), "p_median": _
                  "p_mean": _of_texts("p_mean", lambda t: t.mean(1))}
 _unsettable = ("rate", "std", "mean_abs")
 
+# %% ../../nbs/recording/01_stats.ipynb #fc2f36d6
 @patch
 def given(self: ActivationStats,
           lang: str, # a recorded language
