@@ -51,8 +51,10 @@ pytest: venv ## the test suite on the locked TransformerLens
 	@echo "== tests"
 	@$(OFFLINE) $(BIN)/python -m pytest tests -q -n 2 --dist loadgroup
 
-# core, text and figures stand above the floor that knows TransformerLens (tests/test_map.py), so its version is nothing to them
-ABOVE := --ignore=tests/core --ignore=tests/text --ignore=tests/figures --ignore=tests/test_map.py --ignore=tests/test_wheel.py
+# core, text and figures stand above the floor that knows TransformerLens (tests/test_map.py), so its version is nothing to them; find, show,
+# studies and training meet it only through models, recording, change, measure and share, which are tested
+ABOVE := $(addprefix --ignore=tests/,core text figures find show studies test_map.py test_wheel.py $(addprefix tuning/test_,\
+  finetune_data.py neuron_lora.py rows.py training.py tuned.py tuning_memory.py test_time.py quantised_tuning.py))
 leg2: venv .tl43/.ok ## the fast tests of the floors that know TransformerLens, on another version of it
 	@echo "== tests on TransformerLens $(TL2)"
 	@$(OFFLINE) PYTHONPATH=.tl43 EXPECT_TL=$(TL2) $(BIN)/python -m pytest tests $(ABOVE) -q -n 2 --dist loadgroup -m "not slow"
