@@ -82,6 +82,7 @@ peers: venv ## libraries to compare with, into .peers, without touching .venv
 	$(call quiet,$(BIN)/python -m pip install --no-deps --target .peers/steering-vectors steering-vectors==0.12.2)
 
 tutorials: venv ## run every tutorial, how-to and explanation and store the outputs; those may download
+	@HF_HUB_OFFLINE=1 $(BIN)/python experiments/train_mixture.py # for the tutorial on experts; does nothing where its model is there
 	@set -e; for nb in nbs/tutorials/*.ipynb nbs/how_to/*.ipynb nbs/explanations/*.ipynb; do test -e "$$nb" || continue; echo "== $$nb"; \
 	  PLOTLY_RENDERER=plotly_mimetype+notebook_connected $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace --ExecutePreprocessor.timeout=3600 "$$nb"; $(BIN)/nbdev_clean --fname "$$nb"; done
 
