@@ -119,7 +119,8 @@ def same_score(found, all_, score):
 
 
 def rates(plain, given):
-    return plain["count"]/(np.array(TOKENS)[:, None] if given == "tokens" else np.maximum(plain["given"], 1))
+    if given == "tokens": return plain["count"]/np.array(TOKENS)[:, None]
+    return np.where(plain["given"] >= 30, plain["count"]/np.maximum(plain["given"], 1), 0) # fewer tokens make no rate
 
 
 @fast
