@@ -10,6 +10,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.testing.tiny import tiny_model
 
+OLD = version("transformer-lens").startswith("3.9") # later ones wrap more
+
 IMPLEMENTATIONS = {a: ["eager", "batched_mm", "grouped_mm"] if a in MIXTURES and a != "llama4" else ["eager"] for a in PARTS}
 CASES = [(a, i) for a in PARTS for i in IMPLEMENTATIONS[a]]
 IDS = torch.arange(2*9).view(2, 9) + 5
@@ -89,7 +91,7 @@ def test_families_a_bridge_that_fails_leaves_the_model_as_it_was(arch, monkeypat
     weights, before = {k: x.clone() for k, x in hf.state_dict().items()}, state(hf)
     made = loading._hooked(hf, tok, "tiny")
     if made is not hf: # another TransformerLens may wrap it
-        assert type(made).__name__ == "TransformerBridge" and arch in ("qwen3_5", "cohere", "cohere2") and not version("transformer-lens").startswith("3.9")
+        assert type(made).__name__ == "TransformerBridge" and arch in ("qwen3_5", "cohere", "cohere2") and not OLD
         return
     assert state(hf) == before
     assert all(torch.equal(x, weights[k]) for k, x in hf.state_dict().items())
@@ -105,5 +107,5 @@ def test_families_bridge_is_taken_only_where_it_computes_the_same(arch, caplog):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4*float(want.abs().max()))
     said = [r.getMessage() for r in caplog.records]
     assert bool(said) == (type(model).__name__ == "HookedHF") and all("without TransformerLens's bridge" in s for s in said)
-    if arch == "cohere": assert "logits differ" in said[0]
+    if arch == "cohere" and OLD: assert "logits differ" in said[0]
     if arch in ("opt", "xglm", "lfm2", "gemma4"): assert not said
