@@ -10,7 +10,7 @@ cfg = config["DEFAULT"]
 
 def requirements(key): return [r for r in cfg.get(key, "").split() if r]
 
-extras = {name: requirements(f"{name}_requirements") for name in ["demo", "eval", "tune", "scale", "dev"]}
+extras = {name: requirements(f"{name}_requirements") for name in ["demo", "eval", "tune", "scale", "quantised", "dev"]}
 
 setup(
     name=cfg["lib_name"],

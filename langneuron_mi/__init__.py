@@ -21,6 +21,7 @@ _names = {
     "find.methods": ["activation_probability", "average_precision", "language_activated", "plnd"],
     "find.identification": ["lambda_score", "lape"],
     "find.controls": ["random_neurons"],
+    "find.experts": ["experts_of", "routing_divergence", "routing_table"],
     "change.interventions": ["Intervention", "ablate", "add", "amplify", "set_to", "steer"],
     "measure.perplexity": ["Measured", "PerplexityMatrix", "perplexity_matrix"],
     "change.generation": ["generate_texts"],
@@ -48,6 +49,7 @@ _names = {
     "studies.amplification": ["AmplificationStudy"],
     "studies.transfer": ["TransferStudy"],
     "studies.comparison_report": ["write_report"],
+    "testing.families": ["families_text", "model_families"],
     "testing.planted": ["planted_model"],
 }
 _where = {name: module for module, names in _names.items() for name in names}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'Source', 'demo', 'compare', 'record', 'identify', 'perplexity', 'steer', 'share', 'Change', 'eval_',
-           'tune', 'report', 'info', 'main']
+           'tune', 'report', 'info', 'models', 'main']
 
 # %% ../nbs/90_cli.ipynb #e05df8c6
 import os
@@ -112,12 +112,15 @@ def identify(
     options: dict, # of the method
     method: str = "lape", # lape, lambda_score, activation_probability, average_precision, plnd or language_activated
     best: int = 0, # keep each language's best so many; 0 = all
+    units: str = "neurons", # or experts: those of a mixture, as wholes
 ):
-    "Find each language's neurons with one of six methods"
+    "Find each language's neurons, or experts, with one of six methods"
+    if units not in ("neurons", "experts"): raise ValueError(f"no units {units!r}; allowed are neurons and experts")
     if not out.endswith(".safetensors"): raise ValueError(f"out must end in .safetensors, got {out}")
     from langneuron_mi.studies.study import METHODS, check_method
     check_method(method, options)
-    neurons = METHODS[method](_stats(stats), **options)
+    recorded = _stats(stats)
+    neurons = METHODS[method](door.experts_of(recorded) if units == "experts" else recorded, **options)
     if best: neurons = neurons.best(best)
     neurons.save(out)
     return ", ".join(f"{l} {len(s)}" for l, s in neurons.items()) + f": {out}"
@@ -288,7 +291,15 @@ def info(
     if Path(artifact).is_dir(): artifact = str(Path(artifact)/"stats.safetensors")
     return json.dumps(provenance() if artifact == "versions" else read_header(artifact), indent=1, ensure_ascii=False)
 
-_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info)
+def models(
+    only: str = "", # names of architectures, with commas; all when not given
+):
+    "Try every architecture, tiny and random, and say what works on it"
+    from importlib.metadata import version
+    names = [n.strip() for n in only.split(",") if n.strip()] or None
+    return f"TransformerLens {version('transformer-lens')}\n\n{door.families_text(door.model_families(names))}"
+
+_all = (demo, record, identify, perplexity, steer, share, eval_, tune, compare, report, info, models)
 commands = {f.__name__.strip("_"): f for f in _all}
 
 # %% ../nbs/90_cli.ipynb #785eaefc

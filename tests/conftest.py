@@ -46,9 +46,17 @@ def tiny():
     return tiny_model
 
 
+PLAIN = ("test_recorded_experts.py", "test_changed_experts.py", "test_planted_experts.py", "test_ragged_layout.py", "test_quantised.py",
+         "test_quantised_tuning.py", "test_chat_writing.py", "test_chat_measures.py", "test_chat_recording.py", "test_chat_sharing.py",
+         "test_chat_studies.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "Tests that start a Ray cluster need processes of their own: slow, but for the two that compare bits."
+    """Slow: tests that start a Ray cluster, but for the two that compare bits; and tests of plain Hugging Face models.
+
+    TransformerLens gives these only its HookPoint; tests/testing/test_families_table.py runs every architecture on both versions."""
     for item in items:
+        if item.path.name in PLAIN: item.add_marker(pytest.mark.slow)
         if item.path.name == "test_scaling.py" and "cluster" in item.fixturenames and "same_bits" not in item.name:
             item.add_marker(pytest.mark.slow)

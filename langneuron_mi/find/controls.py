@@ -13,8 +13,8 @@ import torch
 
 from .language_neurons import LanguageNeurons
 from .neurons import NeuronSet,_same
-from .rates import _counts,_kth_rates,_rates
-from .selection import _none
+from .rates import _kth_rates,rates_of
+from .selection import _from_mask,_none
 
 # %% ../../nbs/find/07_controls.ipynb #ff774219
 def _eligible(source, like:LanguageNeurons) -> NeuronSet:
@@ -22,21 +22,34 @@ def _eligible(source, like:LanguageNeurons) -> NeuronSet:
     if isinstance(source, LanguageNeurons):
         if source.score is None or "threshold" not in source.parameters:
             raise ValueError(f"the method {source.method!r} kept no activity filter; give the statistics as the first argument")
-        return NeuronSet.from_mask(~source.score.isnan(), source.site, source.model)
-    counts,tokens = _counts(source)
-    threshold, = _kth_rates(counts, tokens, like.parameters.get("filter", .95))
-    active = [_rates(counts[:,l], tokens).max(0)>threshold for l in range(counts.shape[1])]
-    return _none(source) | NeuronSet.from_mask(torch.from_numpy(np.stack(active)), source.site)
+        return NeuronSet.from_mask(~source.score.isnan(), source.site, source.model, source.layout)
+    rates = rates_of(source, like.parameters.get("given", "tokens"))
+    threshold, = _kth_rates(rates, like.parameters.get("filter", .95))
+    active = [rates.whole(l, rates.of(l).max(0, initial=0.)>threshold, False) for l in range(rates.shape[0])]
+    return _from_mask(source, torch.from_numpy(np.stack(active)))
+
+# %% ../../nbs/find/07_controls.ipynb #c0a0be91
+def _in_parts(like:NeuronSet, seeds:list) -> NeuronSet:
+    "Random neurons, as many in each part of each layer."
+    found = []
+    for layer,parts in enumerate(like.layout.layers):
+        mine,start = like.neurons_in(layer).numpy(),0
+        for width in [p.width for p in parts for _ in range(p.count)]:
+            need = int(((mine>=start) & (mine<start+width)).sum())
+            drawn = np.random.default_rng([*seeds, layer, start]).choice(width, need, replace=False)
+            found += [(layer, start+int(o)) for o in drawn]
+            start += width
+    return NeuronSet(found, like.layout, like.site, like.model)
 
 # %% ../../nbs/find/07_controls.ipynb #d5e426a6
 def random_neurons(source,                       # the statistics, or LanguageNeurons that came from them
                    like:LanguageNeurons|None=None, # neurons to imitate; by default `source` itself
                    *,
                    seed:int=0,                   # non-negative; take several
-                   among:str="all",              # "all" neurons of the layer, or only the "eligible", active ones
+                   among:str="all",              # "all" neurons of the layer, only the "eligible", active ones, or those of the same "part"
                   ) -> LanguageNeurons:          # method "random"
     "For every language, random neurons: as many in each layer as `like` has."
-    if among not in ("all","eligible"): raise ValueError(f"among is 'all' or 'eligible'; got {among!r}")
+    if among not in ("all","eligible","part"): raise ValueError(f"among is 'all', 'eligible' or 'part'; got {among!r}")
     if like is None:
         if not isinstance(source, LanguageNeurons):
             raise TypeError("with statistics, say which neurons to imitate: like=lape(stats)")
@@ -44,4 +57,5 @@ def random_neurons(source,                       # the statistics, or LanguageNe
     _same(source if isinstance(source, LanguageNeurons) else _none(source), like)
     pool = _eligible(source, like) if among=="eligible" else None
     control = like.random_like(seed, among=pool)
+    if among=="part": control = replace(control, sets={k: _in_parts(v, [seed, *k.encode()]) for k,v in like.items()})
     return replace(control, parameters={**control.parameters, "among": among})

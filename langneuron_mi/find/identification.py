@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .language_neurons import LanguageNeurons
-from .rates import _counts,_kth_rates,_rates
+from .rates import Rates,_counts,_kth_rates,layout_in,rates_of
 from .selection import _check_shares,_facts,_owned,_smallest
 
 # %% ../../nbs/find/05_identification.ipynb #37cf2156
@@ -26,11 +26,11 @@ def entropy(rates:Float[Tensor,"lang *neuron"], # share of tokens on which each 
     return torch.special.entr(p).sum(0)
 
 # %% ../../nbs/find/05_identification.ipynb #fad71bde
-def _eligible_entropy(counts, tokens, threshold) -> Float[Tensor,"layer neuron"]: # nats; nan where not eligible
+def _eligible_entropy(rates:Rates, threshold) -> Float[Tensor,"layer neuron"]: # nats; nan where not eligible
     "Entropy of every neuron that exceeds the threshold in some language."
-    score = torch.full(counts.shape[1:], float("nan"), dtype=torch.float64)
-    for layer in range(counts.shape[1]):
-        p = _rates(counts[:,layer], tokens)
+    score = torch.full(rates.shape, float("nan"), dtype=torch.float64)
+    for layer in range(rates.shape[0]):
+        p = rates.of(layer)
         keep = np.flatnonzero(p.max(0)>threshold)
         score[layer,keep] = entropy(torch.from_numpy(p[:,keep]))
     return score
@@ -41,18 +41,19 @@ def lape(stats,             # has langs, n_tokens, count_pos [lang, layer, neuro
          top:float|int=.01,     # share of all the model's neurons to take
          filter:float|int=.95,  # a neuron must exceed this quantile of all rates in some language
          bar:float|int=.95,     # and belongs to the languages in which it exceeds this one
+         given:str="tokens",    # rates are shares of all tokens; "routing": of those routed to a neuron's expert
         ) -> LanguageNeurons: # score: entropy in nats, nan where not eligible
     "Language activation probability entropy: active neurons that fire in few languages (arXiv 2402.16438)."
     _check_shares(top=top, filter=filter, bar=bar)
-    counts,tokens = _counts(stats)
-    if len(tokens)==1:
+    rates = rates_of(stats, given)
+    if rates.n_langs==1:
         warnings.warn("LAPE of a single language has no contrast: every entropy is 0, and the neurons taken are the first active "
                       "ones in (layer, neuron) order", stacklevel=2)
-    threshold,least = _kth_rates(counts, tokens, filter, bar)
-    score = _eligible_entropy(counts, tokens, threshold)
-    taken = _smallest(score, round(score.numel()*top))
-    used = dict(top=top, filter=filter, bar=bar, threshold=threshold, bar_rate=least)
-    sets = _owned(stats, counts, tokens, taken, least)
+    threshold,least = _kth_rates(rates, filter, bar)
+    score = _eligible_entropy(rates, threshold)
+    taken = _smallest(score, round(rates.size*top))
+    used = dict(top=top, filter=filter, bar=bar, threshold=threshold, bar_rate=least) | ({} if given=="tokens" else dict(given=given))
+    sets = _owned(stats, rates, taken, least)
     return LanguageNeurons(sets, method="lape", metric="entropy", score=score, parameters=used, **_facts(stats))
 
 # %% ../../nbs/find/05_identification.ipynb #e5ad679d
@@ -62,7 +63,7 @@ def _without(stats, minus) -> tuple[np.ndarray,list]: # counts [lang, layer, neu
         a,b = getattr(stats, what, None),getattr(minus, what, None)
         if what=="langs": a,b = sorted(a),sorted(b)
         if a!=b: raise ValueError(f"these recordings cannot be subtracted: {what} differs ({a} and {b})")
-    a,b = tuple(stats.count_pos.shape[1:]),tuple(minus.count_pos.shape[1:])
+    a,b = layout_in(stats),layout_in(minus)
     if a!=b: raise ValueError(f"these recordings are of models of {a} and {b}")
     (a,n),(b,m) = _counts(stats),_counts(minus)
     order = [list(minus.langs).index(o) for o in stats.langs]
@@ -82,11 +83,14 @@ def _largest_lam(fits, low:float=0., high:float=.2, eps:float=1e-3) -> float:
         low,high = (mid,high) if fits(mid) else (low,mid)
     return low
 
-def _spread(counts, tokens, least) -> tuple: # [layer, neuron] each: evenness, the highest rate, whether all rates exceed `least`
+def _spread(rates:Rates, least) -> tuple: # [layer, neuron] each: evenness, the highest rate, whether all rates exceed `least`; pads nan
     "What the lambda score knows of every neuron."
-    rates = (_rates(counts[:,l], tokens) for l in range(counts.shape[1]))
-    parts = [(_evenness(torch.from_numpy(p)), torch.from_numpy(p.max(0)), torch.from_numpy(p.min(0)>least)) for p in rates]
-    return tuple(map(torch.stack, zip(*parts)))
+    def layer(l):
+        p = rates.of(l)
+        nan = float("nan")
+        each = (_evenness(torch.from_numpy(p)).numpy(), nan),(p.max(0, initial=0.), nan),(p.min(0, initial=1.)>least, False)
+        return [torch.from_numpy(rates.whole(l, x, fill)) for x,fill in each]
+    return tuple(map(torch.stack, zip(*map(layer, range(rates.shape[0])))))
 
 # %% ../../nbs/find/05_identification.ipynb #904b710a
 def lambda_score(stats,        # has langs, n_tokens, count_pos, site
@@ -99,16 +103,16 @@ def lambda_score(stats,        # has langs, n_tokens, count_pos, site
     "Evenness over languages less a reward for activity (arXiv 2505.21505)."
     _check_shares(top=top, bar=bar)
     if not (lam=="auto" if isinstance(lam,str) else math.isfinite(lam)): raise ValueError(f"lam is a number or 'auto'; got {lam!r}")
-    counts,tokens = _counts(stats) if minus is None else _without(stats, minus)
-    K = len(tokens)
+    rates = rates_of(stats) if minus is None else Rates(*_without(stats, minus), layout_in(stats))
+    K = rates.n_langs
     if K<2: raise ValueError("the lambda score compares languages: it needs two or more")
-    least, = _kth_rates(counts, tokens, bar)
-    even,most,by_all = _spread(counts, tokens, least)
-    m = round(even.numel()*top)
+    least, = _kth_rates(rates, bar)
+    even,most,by_all = _spread(rates, least)
+    m = round(rates.size*top)
     def score(x): return even - most*(x*K/sum(1/j for j in range(1,K+1)))
     def fits(x): return not (_smallest(score(x), m) & by_all).any()
     auto = lam=="auto"
     used = _largest_lam(fits) if auto else float(lam)
-    sets = _owned(stats, counts, tokens, _smallest(score(used), m), least)
+    sets = _owned(stats, rates, _smallest(score(used), m), least)
     said = dict(lam=used, auto=auto, minus=minus is not None, top=top, bar=bar, bar_rate=least)
     return LanguageNeurons(sets, method="lambda_score", metric="lambda score", score=score(used), parameters=said, **_facts(stats))

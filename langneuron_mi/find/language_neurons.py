@@ -18,6 +18,7 @@ from fastcore.basics import patch,patch_to
 from jaxtyping import Int64,Shaped
 from torch import Tensor
 
+from ..core.layout import Layout,from_json
 from ..core.artifacts import load_artifact,save_artifact
 from ..core import fingerprints
 from .neurons import NeuronSet,_long,_same
@@ -83,6 +84,10 @@ def site(self:LanguageNeurons) -> str:
 def shape(self:LanguageNeurons) -> tuple:
     "(n_layers, d_mlp) of the model."
     return _first(self).shape
+@patch(as_prop=True)
+def layout(self:LanguageNeurons) -> Layout:
+    "The parts of every layer of the model."
+    return _first(self).layout
 @patch(as_prop=True)
 def model(self:LanguageNeurons) -> str|None:
     "Fingerprint of the model."
@@ -173,14 +178,21 @@ def to_df(self:LanguageNeurons) -> pd.DataFrame: # columns model, lang, layer, n
     def constant(o): return pd.Series([o]*len(index), dtype=object)
     return pd.DataFrame(dict(model=constant(self.provenance.get("model_id", self.model)), lang=pd.Series(lang, dtype=object),
                              layer=(index//self.shape[1]).numpy(), neuron=(index%self.shape[1]).numpy(),
-                             metric=constant(self.metric), value=_values(self), method=constant(self.method)))
+                             metric=constant(self.metric), value=_values(self), method=constant(self.method)) | self._places())
+
+@patch
+def _places(self:LanguageNeurons) -> dict: # columns part and index
+    "Where the neurons stand in their layers, for models whose layers have parts."
+    each = [o._places() for o in self.values()]
+    return {k: sum((o[k] for o in each), []) for k in each[0]}
 
 @patch
 def _repr_markdown_(self:LanguageNeurons) -> str:
     "A table of sizes."
     specific = self.specific()
     rows = [f"| {k} | {len(v):,} | {len(specific[k]):,} |" for k,v in self.items()]
-    head = (f"**{self.method}**, {len(self)} languages, {self.shape[0]} layers x {self.shape[1]:,}, site {self.site}"
+    size = f"{self.shape[0]} layers x {self.shape[1]:,}" if self.layout.dense else f"{self.layout.size:,} in {self.shape[0]} layers"
+    head = (f"**{self.method}**, {len(self)} languages, {size}, site {self.site}"
             + (f", model `{self.model}`" if self.model else ""))
     return "\n".join([head, "", "| lang | neurons | its own only |", "|---|---|---|", *rows])
 
@@ -252,7 +264,8 @@ def save(self:LanguageNeurons,
     tensors = {f"neurons.{k}": v.index for k,v in self.items()}
     tensors |= {f"seen.{k}": _long(np.ascontiguousarray(v, dtype=np.uint64)) for k,v in self.seen.items()}
     if self.score is not None: tensors["score"] = self.score.contiguous()
-    meta = dict(langs=list(self), shape=list(self.shape), site=self.site, model=self.model, method=self.method,
+    layout = {} if self.layout.dense else dict(layout=self.layout.to_json())
+    meta = layout | dict(langs=list(self), shape=list(self.shape), site=self.site, model=self.model, method=self.method,
                 metric=self.metric, parameters=self.parameters, provenance=self.provenance, low_is_best=self.low_is_best)
     return save_artifact(path, KIND, tensors, meta)
 
@@ -262,7 +275,7 @@ def load(cls,
         ) -> LanguageNeurons:
     "Read what `save` wrote."
     tensors,meta = load_artifact(path, KIND)
-    blank = NeuronSet([], meta["shape"], meta["site"], meta["model"])
+    blank = NeuronSet([], from_json(meta.get("layout"), meta["shape"]), meta["site"], meta["model"])
     seen = {k.removeprefix("seen."): v.numpy().view(np.uint64) for k,v in tensors.items() if k.startswith("seen.")}
     return cls({k: blank._with(index=tensors[f"neurons.{k}"]) for k in meta["langs"]}, method=meta["method"],
                parameters=meta["parameters"], metric=meta["metric"], score=tensors.get("score"),

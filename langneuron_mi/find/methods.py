@@ -11,6 +11,7 @@ from jaxtyping import Float,Int
 from torch import Tensor
 
 from .language_neurons import LanguageNeurons
+from .rates import layout_in
 from .selection import _check_shares,_exclusive,_from_masks,_smallest
 from ..recording.groups import LEVELS
 
@@ -24,6 +25,11 @@ def _rank(stats, k:int, by:str) -> Float[Tensor,"layer neuron"]:
     "What a language's neurons are ranked by."
     return _beyond(stats, k, by) if by in ("p75","p90","p95") else stats.value(stats.langs[k], by).values
 
+def _no_pads(stats, score:Float[Tensor,"lang layer neuron"]) -> Float[Tensor,"lang layer neuron"]:
+    "nan at pads: they are no neurons, and no method may take them."
+    real = layout_in(stats).real
+    return score if real.all() else torch.where(real, score, float("nan"))
+
 _ranks = "p75","p90","p95","rate","mean","mean_abs"
 
 def activation_probability(stats, # with the group that `by` needs: quantiles (p75, p90, p95, mean_abs), moments (mean), counts (rate)
@@ -34,8 +40,8 @@ def activation_probability(stats, # with the group that `by` needs: quantiles (p
     "The neurons that each language activates most, by itself (arXiv 2503.17456)."
     _check_shares(top=top)
     if by not in _ranks: raise ValueError(f"by is one of {', '.join(_ranks)}; got {by!r}")
-    score = torch.stack([_rank(stats, k, by) for k in range(len(stats.langs))])
-    m = round(score[0].numel()*top)
+    score = _no_pads(stats, torch.stack([_rank(stats, k, by) for k in range(len(stats.langs))]))
+    m = round(layout_in(stats).size*top)
     return _from_masks(stats, [_smallest(-o, m) for o in score], method="activation_probability", metric=by, score=score,
                        low_is_best=False, parameters=dict(by=by, top=top))
 
@@ -83,10 +89,10 @@ def average_precision(stats, # with the group text_means
     texts = _text_means(stats, "average precision")
     if len(texts)<2: raise ValueError("average precision tells a language from others: it needs two or more")
     lowest = n if lowest is None else lowest
-    _check_ends(n, lowest, threshold, stats.n_layers*stats.d_mlp)
+    _check_ends(n, lowest, threshold, layout_in(stats).size)
     labels = torch.cat([torch.full((texts[lang].shape[1],), k) for k,lang in enumerate(stats.langs)])
     layers = (torch.cat([texts[lang][l] for lang in stats.langs]) for l in range(stats.n_layers))
-    score = torch.stack([average_precisions(o, labels, len(stats.langs)) for o in layers], 1)
+    score = _no_pads(stats, torch.stack([average_precisions(o, labels, len(stats.langs)) for o in layers], 1))
     if threshold is not None: masks = _exclusive(score>threshold) if exclusive else score>threshold
     else: masks = torch.stack([_smallest(-o, n) | _smallest(o, lowest) for o in score])
     chosen = dict(n=n, lowest=lowest) if threshold is None else dict(threshold=threshold, exclusive=exclusive)
@@ -105,10 +111,12 @@ def plnd(stats, # with the group impact
          exclusive:bool=True,  # only what a single language has
         ) -> LanguageNeurons:  # score: [lang, layer, neuron], share of texts in which it is among the k
     "Neurons of large impact in every text of a language, and of no other (arXiv 2402.18815)."
-    impact = stats._need("impact", "PLND")
+    impact,widths = stats._need("impact", "PLND"),layout_in(stats).widths
+    if k is not None and not 0<k<=stats.d_mlp: raise ValueError(f"k is a number of neurons of a layer, 1 to {stats.d_mlp}; got {k}")
+    def share(o, width): return _top_k_share(o[:,:width], round(.14*width) if k is None else k)
+    def layer(o, width): return torch.nn.functional.pad(share(o, width), (0, stats.d_mlp-width), value=float("nan"))
+    score = torch.stack([torch.stack([layer(o, width) for o,width in zip(impact[lang], widths)]) for lang in stats.langs])
     k = round(.14*stats.d_mlp) if k is None else k
-    if not 0<k<=stats.d_mlp: raise ValueError(f"k is a number of neurons of a layer, 1 to {stats.d_mlp}; got {k}")
-    score = torch.stack([torch.stack([_top_k_share(o, k) for o in impact[lang]]) for lang in stats.langs])
     masks = score==1
     return _from_masks(stats, _exclusive(masks) if exclusive else masks, method="plnd", metric="share of texts", score=score,
                        low_is_best=False, parameters=dict(k=k, exclusive=exclusive))
@@ -118,5 +126,5 @@ def language_activated(stats, # with the group text_means
                       ) -> LanguageNeurons: # score: [lang, layer, neuron], share of the texts with a mean above 0
     "Neurons whose mean activation is positive in every text of a language (arXiv 2507.22581, the baseline)."
     texts = _text_means(stats, "language_activated")
-    score = torch.stack([(texts[lang]>0).double().mean(1) for lang in stats.langs])
+    score = _no_pads(stats, torch.stack([(texts[lang]>0).double().mean(1) for lang in stats.langs]))
     return _from_masks(stats, score==1, method="language_activated", metric="share of texts", score=score, low_is_best=False)

@@ -18,15 +18,14 @@ from jaxtyping import Bool,Int64,Shaped
 from torch import Tensor
 
 from ..core.fingerprints import fingerprint
+from ..core.layout import Layout,layout_of
 
 # %% ../../nbs/find/00_neurons.ipynb #7a504af5
-SITES = "gate","post"  # act_fn(gate(x)), and its product with up(x)
+SITES = "gate","post","router"  # act_fn(gate(x)), its product with up(x), and experts as wholes
 
 def _shape(shape) -> tuple[int,int]:
     "`(n_layers, d_mlp)` as positive integers."
-    n_layers,d_mlp = (int(o) for o in shape)
-    if n_layers<1 or d_mlp<1: raise ValueError(f"shape is (n_layers, d_mlp), both at least 1; got {tuple(shape)}")
-    return n_layers,d_mlp
+    return layout_of(shape).shape
 
 def _long(a:np.ndarray) -> Int64[Tensor, "n"]:
     "A 64-bit array as a tensor; empty numpy arrays have stride 0, which torch cannot view as bytes."
@@ -40,21 +39,27 @@ def _tensor(pairs) -> Tensor:
     return torch.as_tensor(a)
 
 # %% ../../nbs/find/00_neurons.ipynb #207c8635
-def _flat(pairs, shape:tuple[int,int]) -> Int64[Tensor, "n"]:
+def _named(pairs, layout:Layout): # pairs (layer, neuron)
+    "Neurons by part, (layer, part, index), as pairs; anything else as it is."
+    if isinstance(pairs, (Tensor,np.ndarray)): return pairs
+    pairs = list(pairs)
+    return [(o[0], layout.neuron(*o)) if len(o)==3 and isinstance(o[1],str) else o for o in map(tuple, pairs)]
+
+def _flat(pairs, layout:Layout) -> Int64[Tensor, "n"]:
     "Sorted unique flat indices of pairs or of a mask."
-    t,(n_layers,d_mlp) = _tensor(pairs),shape
+    t,(n_layers,d_mlp) = _tensor(_named(pairs, layout)),layout.shape
     if t.dtype==torch.bool:
-        if tuple(t.shape)!=shape: raise ValueError(f"a mask of this model has the shape {shape}; got {tuple(t.shape)}")
+        if tuple(t.shape)!=layout.shape: raise ValueError(f"a mask of this model has the shape {layout.shape}; got {tuple(t.shape)}")
+        if (t & ~layout.real).any(): raise ValueError(f"the mask is True where this model has no neuron: {layout}")
         return t.flatten().nonzero().flatten()
     if not t.numel(): return torch.empty(0, dtype=torch.int64)
     if t.is_floating_point() or t.is_complex() or t.ndim!=2 or t.shape[1]!=2:
         raise TypeError("neurons are whole numbers of shape [n, 2], each row (layer, neuron), or a boolean mask "
                         f"[layer, neuron]; got {str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}")
     t = t.long()
-    bad = ((t<0) | (t>=torch.tensor(shape))).any(1)
-    if bad.any():
-        raise ValueError(f"neuron {tuple(t[bad][0].tolist())} is outside this model: layers are 0 to {n_layers-1}, "
-                         f"neurons 0 to {d_mlp-1}")
+    bad = ((t<0) | (t>=torch.tensor(layout.shape))).any(1)
+    if not bad.any(): bad = t[:,1]>=torch.tensor(layout.widths)[t[:,0]]
+    if bad.any(): layout.check(*t[bad][0].tolist())
     return (t[:,0]*d_mlp + t[:,1]).unique()
 
 # %% ../../nbs/find/00_neurons.ipynb #82bd9212
@@ -62,18 +67,19 @@ def _flat(pairs, shape:tuple[int,int]) -> Int64[Tensor, "n"]:
 class NeuronSet:
     "A set of (layer, neuron) pairs of one model, at one site."
     index: Int64[Tensor, "n"]  # layer * d_mlp + neuron; sorted, unique
-    shape: tuple[int,int]      # (n_layers, d_mlp)
-    site: str                  # "gate" or "post"
+    shape: tuple[int,int]      # (n_layers, d_mlp); of layers that differ, as wide as the widest
+    site: str                  # "gate" or "post"; "router": members are experts
     model: str|None            # the model's fingerprint; None: not checked
+    layout: Layout             # the parts of every layer
 
     def __init__(self,
-                 pairs,             # iterable of (layer, neuron), integers [n, 2], or a boolean mask [layer, neuron]
-                 shape:Sequence,    # (n_layers, d_mlp)
-                 site:str="gate",   # where activations were read: "gate" or "post"
+                 pairs,             # iterable of (layer, neuron) or (layer, "expert 3", neuron), integers [n, 2], or a mask [layer, neuron]
+                 shape:Sequence|Layout, # (n_layers, d_mlp), or the layout of a model whose layers differ
+                 site:str="gate",   # where activations were read: "gate" or "post"; "router" for experts as wholes
                  model:str|None=None): # fingerprint of the model; None: not checked
         if site not in SITES: raise ValueError(f"no site {site!r}; sites are {', '.join(SITES)}")
-        shape = _shape(shape)
-        self._set(index=_flat(pairs, shape), shape=shape, site=site, model=model)
+        layout = layout_of(shape)
+        self._set(index=_flat(pairs, layout), shape=layout.shape, site=site, model=model, layout=layout)
 
     def _set(self, **kw):
         for k,v in kw.items(): object.__setattr__(self, k, v)
@@ -82,12 +88,18 @@ class NeuronSet:
     def _with(self, **kw): return copy.copy(self)._set(**kw)
 
     def __len__(self) -> int: return len(self.index)
-    def __repr__(self): return (f"NeuronSet({len(self)} neurons of {self.shape[0]} x {self.shape[1]}, site={self.site!r}"
+    def __repr__(self): return (f"NeuronSet({len(self)} {self.unit}s of {self.size}, site={self.site!r}"
                                 + (f", model={self.model!r})" if self.model else ")"))
+    @property
+    def unit(self) -> str: return "expert" if self.site=="router" else "neuron"
+    @property
+    def size(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}" if self.layout.dense else f"{self.layout.size} in {self.shape[0]} layers"
     @property
     def fingerprint(self) -> str:
         "16 hex digits over members, shape, site and model."
-        return fingerprint("NeuronSet", self.index, list(self.shape), self.site, self.model)
+        more = [] if self.layout.dense else [self.layout.to_json()]
+        return fingerprint("NeuronSet", self.index, list(self.shape), self.site, self.model, *more)
 
 # %% ../../nbs/find/00_neurons.ipynb #1f71e209
 @patch_to(NeuronSet, cls_method=True)
@@ -95,10 +107,11 @@ def from_mask(cls,
               mask:Shaped[Tensor,"layer neuron"], # True where a neuron belongs to the set
               site:str="gate",                    # "gate" or "post"
               model:str|None=None,                # fingerprint of the model
+              layout:Layout|None=None,            # of a model whose layers differ; None: the mask's shape says everything
              ) -> NeuronSet:
-    "The neurons at which a boolean mask is True; the mask carries the shape."
+    "The neurons at which a boolean mask is True."
     if mask.dtype!=torch.bool: raise TypeError(f"a mask is boolean [layer, neuron]; got {mask.dtype}: compare it first")
-    return cls(mask, mask.shape, site, model)
+    return cls(mask, mask.shape if layout is None else layout, site, model)
 
 # %% ../../nbs/find/00_neurons.ipynb #cb49b10a
 @patch(as_prop=True)
@@ -156,14 +169,22 @@ def layers(self:NeuronSet,
 def to_df(self:NeuronSet) -> pd.DataFrame: # columns model, layer, neuron
     "One row per member."
     layer,neuron = self.pairs.T.numpy()
-    return pd.DataFrame(dict(model=pd.Series([self.model]*len(self), dtype=object), layer=layer, neuron=neuron))
+    return pd.DataFrame(dict(model=pd.Series([self.model]*len(self), dtype=object), layer=layer, neuron=neuron) | self._places())
+
+@patch
+def _places(self:NeuronSet) -> dict: # columns part and index
+    "Where the members stand in their layers, for models whose layers have parts."
+    if self.layout.dense or self.site=="router": return {}
+    part,index = zip(*(self.layout.place(*o) for o in self)) if len(self) else ((),())
+    return dict(part=list(part), index=list(index))
 
 @patch
 def _repr_markdown_(self:NeuronSet) -> str:
     "One line and the layers that own something."
     n = self.per_layer()
-    held = ", ".join(f"{l}: {c}" for l,c in enumerate(n.tolist()) if c)
-    return (f"**{len(self):,} neurons** of {self.shape[0]} layers x {self.shape[1]:,}, site {self.site}"
+    held = ", ".join(f"{self.layout.layer_name(l)}: {c}" for l,c in enumerate(n.tolist()) if c)
+    of = f"{self.shape[0]} layers x {self.shape[1]:,}" if self.layout.dense else f"{self.layout.size:,} in {self.shape[0]} layers"
+    return (f"**{len(self):,} {self.unit}s** of {of}, site {self.site}"
             + (f", model `{self.model}`" if self.model else "") + (f"  \nper layer {held}" if held else ""))
 
 # %% ../../nbs/find/00_neurons.ipynb #6c483808
@@ -180,9 +201,10 @@ def in_layers(self:NeuronSet,
 # %% ../../nbs/find/00_neurons.ipynb #4c4b45e3
 def _same(a, b) -> str|None: # the model both are tied to
     "Refuse two neuron sets (or groups of sets) that do not index the same neurons."
-    for k,advice in (("shape", "they come from models of different size"), ("site", "record both at the same site")):
+    for k,advice in (("shape", "they come from models of different size"), ("layout", "their models have other parts"),
+                     ("site", "record both at the same site")):
         x,y = getattr(a,k),getattr(b,k)
-        if x!=y: raise ValueError(f"these neurons cannot be combined: {k} differs, {x!r} and {y!r}; {advice}")
+        if x is not y and x!=y: raise ValueError(f"these neurons cannot be combined: {k} differs, {x!r} and {y!r}; {advice}")
     if a.model and b.model and a.model!=b.model:
         raise ValueError(f"these neurons cannot be combined: model differs, {a.model!r} and {b.model!r}; if one is a "
                          "fine-tune of the other, tie the set to it with .assume(fingerprint)")
@@ -221,7 +243,7 @@ def __le__(self:NeuronSet, other):
 def __eq__(self:NeuronSet, other) -> bool:
     "Same members, shape, site and model."
     if not isinstance(other, NeuronSet): return NotImplemented
-    return ((self.shape,self.site,self.model)==(other.shape,other.site,other.model)
+    return ((self.layout,self.site,self.model)==(other.layout,other.site,other.model)
             and torch.equal(self.index, other.index))
 
 @patch
@@ -257,9 +279,10 @@ def random_like(self:NeuronSet,
     for o in (among,exclude):
         if o is not None: _same(self, o)
     seeds,d_mlp,parts = ([seed] if isinstance(seed,(int,np.integer)) else list(seed)),self.shape[1],[]
+    widths = self.layout.widths
     for layer,need in enumerate(self.per_layer().tolist()):
         if not need: continue
-        pool = np.arange(d_mlp) if among is None else among.neurons_in(layer).numpy()
+        pool = np.arange(widths[layer]) if among is None else among.neurons_in(layer).numpy()
         if exclude is not None: pool = np.setdiff1d(pool, exclude.neurons_in(layer).numpy())
         if len(pool)<need:
             raise ValueError(f"layer {layer} needs {need} random neurons, and only {len(pool)} can be drawn there: "

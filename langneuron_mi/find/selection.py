@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .language_neurons import LanguageNeurons
 from .neurons import NeuronSet
-from .rates import _counts,_rates
+from .rates import Rates,layout_in
 
 # %% ../../nbs/find/04_selection.ipynb #da182df7
 def _check_shares(**shares):
@@ -39,7 +39,7 @@ def _smallest(score, m:int) -> Bool[Tensor,"layer neuron"]:
 def _none(stats) -> NeuronSet:
     "The empty set of the model that the statistics are of."
     model = getattr(stats, 'model', None) or (getattr(stats, 'meta', None) or {}).get("model")
-    return NeuronSet([], stats.count_pos.shape[1:], stats.site, model)
+    return NeuronSet([], layout_in(stats), stats.site, model)
 
 def _facts(stats) -> dict:
     "What the result must remember of the statistics: provenance and the texts seen."
@@ -48,17 +48,22 @@ def _facts(stats) -> dict:
     return dict(provenance={**said, "n_tokens": n_tokens}, seen=dict(getattr(stats, 'seen', None) or {}))
 
 # %% ../../nbs/find/04_selection.ipynb #07918e11
-def _owned(stats, counts, tokens, taken, bar) -> dict: # language -> NeuronSet
+def _owned(stats, rates:Rates, taken, bar) -> dict: # language -> NeuronSet
     "For each language, the taken neurons whose rate there exceeds `bar`."
     own = {lang: torch.zeros(taken.shape, dtype=torch.bool) for lang in stats.langs}
     for layer in taken.any(1).nonzero().flatten().tolist():
         at = taken[layer].nonzero().flatten()
-        p = _rates(counts[:,layer][:,at.numpy()], tokens)
+        p = rates.of(layer, at.numpy())
         for k,lang in enumerate(stats.langs): own[lang][layer,at] = torch.from_numpy(p[k]>bar)
     if idle := [lang for lang,o in own.items() if not o.any()]:
         warnings.warn(f"no neuron was found for {', '.join(idle)}: whatever is done to such a set changes nothing; "
                       "raise top= or lower bar=, or give more text", stacklevel=3)
-    return {lang: _none(stats)|NeuronSet.from_mask(o, stats.site) for lang,o in own.items()}
+    return {lang: _from_mask(stats, o) for lang,o in own.items()}
+
+def _from_mask(stats, mask) -> NeuronSet:
+    "The neurons of a mask, of the model that the statistics are of."
+    none = _none(stats)
+    return NeuronSet.from_mask(mask, stats.site, none.model, none.layout)
 
 # %% ../../nbs/find/04_selection.ipynb #847bb39b
 def _exclusive(masks:Bool[Tensor,"lang layer neuron"]) -> Bool[Tensor,"lang layer neuron"]:
@@ -67,5 +72,5 @@ def _exclusive(masks:Bool[Tensor,"lang layer neuron"]) -> Bool[Tensor,"lang laye
 
 def _from_masks(stats, masks, **kw) -> LanguageNeurons: # kw: method, metric, score, parameters
     "The result of a method that says for each language which neurons it takes."
-    sets = {lang: _none(stats)|NeuronSet.from_mask(o, stats.site) for lang,o in zip(stats.langs, masks)}
+    sets = {lang: _from_mask(stats, o) for lang,o in zip(stats.langs, masks)}
     return LanguageNeurons(sets, **kw, **_facts(stats))

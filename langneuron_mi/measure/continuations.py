@@ -39,6 +39,7 @@ def _check_length(v: ModelView, text: str, n: int) -> None:
     "Refuse what does not fit the context."
     if n > v.n_ctx: raise ValueError(f"the text {text[:60]!r} … has {n} tokens; the context of {v.model_id} is {v.n_ctx}")
 
+# %% ../../nbs/measure/06_continuations.ipynb #db65454a
 def tokenize(model, # a hooked model
              prompts: list[str],
              texts: list[list[str]], # for each prompt, full texts that begin with it

@@ -94,7 +94,7 @@ def _alike(rows: list, length: Callable, pads: int) -> list[list]: # longest fir
 # %% ../../nbs/measure/00_scoring.ipynb #871068d3
 def _run_groups(v: ModelView, groups: list[tuple[int, list[Row]]]) -> _Points:
     "Hidden states at the scored positions of a batch: shared beginnings, then rests."
-    base, points = v.hf.base_model, _Points()
+    base, points = v.base, _Points()
     ids, mask = _pad([g[0].ids[:p] for p, g in groups], True, v.device)
     width = ids.shape[1]
     rests = [(i, r) for i, (p, g) in enumerate(groups) for r in g if len(r.ids) > p]
@@ -167,6 +167,7 @@ def score(v: ModelView,
           done: Callable = lambda i, answer: None, # called for every pair as its answer is there
          ) -> dict: # work: tokens run, tokens that sharing saved, positions with logits
     "Log-likelihood of each continuation, and whether it is what greedy decoding would write."
+    v.decoder_only("scoring a continuation")
     if placed is None: placed = any(e.positions != "all" for e in intervention.edits)
     short = _window(v) if v.has_head else 0
     def share(a, b): return max(len(a.ids), len(b.ids)) < short and (a.prompt == b.prompt or not placed)

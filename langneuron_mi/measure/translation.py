@@ -148,7 +148,7 @@ def translate_in(session: Session, pairs: Pairs, intervention: Intervention | No
                  shots=how.shots, max_new_tokens=n, pairs=pairs.provenance, pairs_fingerprint=pairs.fingerprint)
     return Translations(pairs.src, pairs.tgt, df, provenance(**v.describe()) | facts | how.facts(v))
 
-# %% ../../nbs/measure/22_translation.ipynb #7d9006e8
+# %% ../../nbs/measure/22_translation.ipynb #15e06959
 @takes(decoding=Decoding, asking=Asking, run=Run)
 def translate(model, # a hooked model
               pairs: Pairs, # of one target, from load_pairs

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .hooked import ModelError, ModelView
+from .hooked import ModelError, ModelView, is_plain
 from .view import view
 
 # %% ../../nbs/models/06_attention.ipynb #4330581a
@@ -30,6 +30,7 @@ def _native(attn) -> Callable:
 
 def _switch(v: ModelView, kind: str) -> None:
     "Put one kind of attention in place."
+    if is_plain(v.model): v.hf.set_attn_implementation(kind)
     for attn in _heads(v):
         attn.__dict__.pop("forward", None)
         if kind != "eager": attn.__dict__["forward"] = _native(attn)
@@ -44,6 +45,7 @@ def _silenced(v: ModelView) -> list[str]:
 
 def _seen_by_mlps(v: ModelView, ids: Tensor, mask: Tensor | None) -> Tensor: # [layer, token, neuron]
     "What every MLP makes of the tokens of a small batch."
+    if is_plain(v.model): return v.logits(ids, mask)[torch.ones_like(ids).bool() if mask is None else mask.bool()].float().cpu()
     got = {}
     def keeper(layer):
         def keep(x): got[layer] = x.detach().float().cpu()

@@ -28,9 +28,14 @@ def window_bytes(v: ModelView,
                  length: int, # positions
                 ) -> int: # generous
     "Memory that one window needs while it passes through a layer."
-    item, cfg = v.dtype.itemsize, v.cfg
+    item, cfg, wide = v.dtype.itemsize, v.cfg, _computed(v)
     heads = 0 if v.attention != "eager" else int(getattr(cfg, "n_heads", 0) or 0)
-    return length*(item*(4*v.d_mlp + 12*v.d_model) + 3*4*v.d_mlp) + heads*length*length*(2*item + 4)
+    return length*(item*(4*wide + 12*v.d_model) + 3*4*wide) + heads*length*length*(2*item + 4)
+
+def _computed(v: ModelView) -> int:
+    "Neurons that a layer computes for a token, at most: of experts those it is routed to."
+    def of(layer, p): return p.width*(v.top_k(layer) if p.kind == "experts" and v.points(layer, "experts").part.routed else p.count)
+    return max(sum(of(l, p) for p in parts) for l, parts in enumerate(v.layout.layers))
 
 # %% ../../nbs/models/07_batches.ipynb #185579ea
 def batch_sizes(v: ModelView,

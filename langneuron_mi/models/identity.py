@@ -14,8 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .hooked import ModelView
+from .hooked import ModelView, is_plain
 from .mlp import _brought_in
+from .quantised import dequantised, form, quantisation, stored
 from ..text.windows import tokenizer_fingerprint
 
 # %% ../../nbs/models/03_identity.ipynb #8fa919ff
@@ -35,19 +36,30 @@ def _sampled(p: Tensor) -> float:
 
 def _weights_key(model: torch.nn.Module) -> tuple:
     "Changes when a weight is replaced or edited in place, so that a stale fingerprint is never reused."
-    return tuple((p.data_ptr(), p._version, _sampled(p)) for p in model.parameters())
+    return tuple((t.data_ptr(), p._version, _sampled(t)) for p in model.parameters() for t in stored(p))
 
 # %% ../../nbs/models/03_identity.ipynb #f8054d09
 _function = ("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
              "rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "layer_types",
              "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
-             "num_attention_heads", "num_key_value_heads", "head_dim", "n_head")
+             "num_attention_heads", "num_key_value_heads", "head_dim", "n_head", "embedding_multiplier", "attention_multiplier",
+             "residual_multiplier", "logits_scaling", "num_experts_per_tok", "top_k_experts", "norm_topk_prob", "routed_scaling_factor",
+             "n_group", "topk_group", "swiglu_alpha", "swiglu_limit", "num_kv_shared_layers")
+
+def _told(cfg, name: str):
+    "A field of a config, or None; some differ by layer and may not be asked globally (Gemma 4)."
+    try: return getattr(cfg, name, None)
+    except Exception: return None
+
+def _in_order(x):
+    "A dict by its keys: the file of a saved config holds them sorted."
+    return {k: _in_order(x[k]) for k in sorted(x)} if isinstance(x, dict) else x
 
 def _config_facts(v: ModelView) -> list:
     "What decides the model's function beside its weights."
     cfg = v.hf.config if v.hf is not None and hasattr(v.hf, "config") else v.cfg
-    acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(l) for l in range(v.n_layers))]
-    return [{k: str(getattr(cfg, k)) for k in _function if getattr(cfg, k, None) is not None}, acts]
+    acts = [getattr(f, "__name__", type(f).__name__) for f in (v.act_fn(*at) for at in v.parts)]
+    return [{k: str(_in_order(x)) for k in _function if (x := _told(cfg, k)) is not None}, acts]
 
 def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
     "Name, shape and checksums of every weight."
@@ -56,17 +68,28 @@ def _weight_facts(root: torch.nn.Module) -> list: # sorted by name
         module, _, last = name.rpartition(".")
         owner = root.get_submodule(module)
         with _brought_in(owner) if p.device.type == "meta" else nullcontext():
-            facts.append((name.replace("._original_component", ""), list(p.shape), _checksum(owner._parameters[last])))
+            w = owner._parameters[last]
+            w = dequantised(owner, last) if form(w) else w
+            facts.append((name.replace("._original_component", ""), list(w.shape), _checksum(w)))
+    facts += [(name, list(b.shape), _checksum(b)) for name, b in root.named_buffers() if "correction" in name] # a router's: no parameter
     return sorted(facts)
 
 # %% ../../nbs/models/03_identity.ipynb #ac584c97
+def _no_bias(v: ModelView) -> list:
+    "The bias of zeros that TransformerLens's bridge gives an unembedding without one: a model is the same however it is hooked."
+    head = v.hf.get_output_embeddings() if is_plain(v.model) else None
+    if head is None or getattr(head, "bias", None) is not None: return []
+    name = next(name for name, m in v.hf.named_modules() if m is head)
+    return [(f"{name}.bias", [head.weight.shape[0]], (0, 0))]
+
 @patch(as_prop=True)
 def fingerprint(self: ModelView) -> str: # 16 hex digits
     "Identity of the weights; the same for fp32 and bf16."
     if self._settled: return self._fingerprint[1]
     key = _weights_key(self.model)
     if self._fingerprint is None or self._fingerprint[0] != key:
-        facts = [self.n_layers, self.d_mlp, _config_facts(self), _weight_facts(self.hf or self.model)]
+        weights = sorted(_weight_facts(self.hf if self.hf is not None else self.model) + _no_bias(self))
+        facts = [self.n_layers, self.d_mlp, _config_facts(self), weights]
         self._fingerprint = key, hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return self._fingerprint[1]
 
@@ -91,4 +114,6 @@ def describe(self: ModelView) -> dict: # JSON-ready facts
     "The model's part of an artifact's provenance."
     return dict(model_id=self.model_id, model=self.fingerprint, tokenizer=self.tokenizer_fingerprint, n_layers=self.n_layers,
                 d_mlp=self.d_mlp, gated=self.gated, dtype=str(self.dtype).removeprefix("torch."), through=type(self.model).__name__,
-                **({} if self.attention == "eager" else dict(attention=self.attention)))
+                **({} if self.layout.dense else dict(parts=self.layout.to_json())),
+                **({} if self.attention == "eager" else dict(attention=self.attention)),
+                **({} if (how := quantisation(self.hf or self.model)) is None else dict(quantised=how)))

@@ -8,7 +8,9 @@ __all__ = ['load_model']
 # %% ../../nbs/models/09_loading.ipynb #6a7a7a51
 import copy
 import importlib.util
+import logging
 import warnings
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,6 +19,9 @@ import torch
 from .attention import attend
 from .bundled import _bundled, bundled_folder
 from .hooked import ModelError, _facts, _is_lens
+from .parts import anatomy
+from .plain import hooked_hf
+from .quantised import arguments, check_unembedding, quantisation, quantising
 from .view import view
 
 # %% ../../nbs/models/09_loading.ipynb #2b43ec9c
@@ -28,13 +33,62 @@ def _bridge(hf, tokenizer, name: str):
     tokenizer.init_kwargs.setdefault("name_or_path", name)
     tokenizer.init_kwargs["add_bos_token"] = True # keeps TransformerLens from loading it again
     dtype = next(hf.parameters()).dtype
+    check_unembedding(hf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: return TransformerBridge.boot_transformers(name, hf_model=hf.eval(), tokenizer=tokenizer, dtype=dtype)
-        except (ValueError, KeyError, AttributeError, NotImplementedError) as e:
-            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; a HookedTransformer or "
-                             "TransformerBridge that you made yourself is accepted as it is") from e
+        except (ValueError, KeyError, AttributeError, NotImplementedError, *([RuntimeError] if quantisation(hf) else [])) as e:
+            how = quantisation(hf)
+            advice = (f'its weights are {how}: load it with quantization="nf4", which leaves in full what TransformerLens reads' if how
+                      else "a HookedTransformer or TransformerBridge that you made yourself is accepted as it is")
+            raise ModelError(f"TransformerLens cannot wrap {type(hf).__name__}: {str(e)[:300]}; {advice}") from e
 
+@contextmanager
+def _as_before(hf: torch.nn.Module):
+    "A block that may fail half-way: the model's modules, methods and attention are as before then."
+    def copied(x): return x.copy() if isinstance(x, dict) else x
+    kept = [(m, {k: copied(x) for k, x in m.__dict__.items()}) for m in hf.modules()]
+    attention, architectures = (getattr(hf.config, k, None) for k in ("_attn_implementation", "architectures"))
+    try: yield
+    except Exception:
+        for m, fields in kept:
+            m.__dict__.clear()
+            m.__dict__.update(fields)
+        hf.config._attn_implementation, hf.config.architectures = attention, architectures
+        raise
+
+# %% ../../nbs/models/09_loading.ipynb #97eec117
+@torch.no_grad()
+def _few_logits(hf) -> torch.Tensor: # float32 [8, d_vocab]
+    "Logits of eight tokens."
+    return hf.eval()((torch.arange(8)[None] + 1).to(next(p.device for p in hf.parameters() if p.device.type != "meta"))).logits[0].float()
+
+def _check_same(got: torch.Tensor, want: torch.Tensor) -> None:
+    "A bridge computes what the model computes."
+    off = float((got - want).abs().max()/want.abs().max().clamp_min(1e-6))
+    if not off < .03: raise ModelError(f"behind the bridge its logits differ by {off:.2g} of the largest")
+
+def _hooked(hf, tokenizer, name: str):
+    "TransformerLens's bridge where it can read the model's neurons, its hook points on the plain model otherwise."
+    if "_langneuron_hooked" in hf.__dict__: return hooked_hf(hf, tokenizer)
+    try: layout = anatomy(hf).layout
+    except ModelError as e: layout, unknown = None, e # wrapped before, or of a form that only TransformerLens may know
+    try:
+        if layout is not None and not layout.dense: raise ModelError(f"its layers are {layout}")
+        want = _few_logits(hf)
+        with _as_before(hf):
+            model = _bridge(hf, tokenizer, name)
+            if layout is not None: _facts[model] = dict(layout=layout)
+            _check_same(_few_logits(hf), want)
+            view(model).check()
+            return model
+    except (ModelError, AttributeError, TypeError, RuntimeError, IndexError, KeyError) as e:
+        if layout is None: raise ModelError(f"{unknown}; TransformerLens's bridge does not take it either: {str(e)[:200]}") from e
+        said = "%s goes without TransformerLens's bridge, with its hook points on the plain model: %s"
+        logging.getLogger(__name__).info(said, name, str(e).splitlines()[0][:300])
+    return hooked_hf(hf, tokenizer)
+
+# %% ../../nbs/models/09_loading.ipynb #faab7138
 def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's object, its name
     "A model object, wrapped where it is not yet."
     if _is_lens(model):
@@ -43,7 +97,7 @@ def _wrapped(model: torch.nn.Module, tokenizer) -> tuple: # TransformerLens's ob
         return model, view(model).model_id # a model that was loaded here keeps its name
     if tokenizer is None: raise ModelError(f"a {type(model).__name__} object comes without its tokenizer; pass tokenizer=")
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return _bridge(model, tokenizer, name), name
+    return _hooked(model, tokenizer, name), name
 
 # %% ../../nbs/models/09_loading.ipynb #84732d56
 def _no_model(source: str, said: Exception) -> ModelError:
@@ -53,19 +107,24 @@ def _no_model(source: str, said: Exception) -> ModelError:
     return ModelError(f"no model {source!r}: {hint}Allowed are a bundled name ({', '.join(_bundled)}), a folder with "
                       f"config.json, or a hub id that this machine can reach. The loader said: {str(said).splitlines()[0][:200]}")
 
-def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, **kwargs):
+def _from_pretrained(source: str, revision, tokenizer, dtype, device, trust_remote_code, quantization=None, **kwargs):
     "Hugging Face model and tokenizer of a folder or hub id; one clear error when there is none."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
     common = dict(revision=revision, trust_remote_code=trust_remote_code)
     if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None: dtype = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    kwargs = arguments(quantization, str(device), dtype, kwargs)
     if "device_map" in kwargs and importlib.util.find_spec("accelerate") is None:
         raise ModelError("device_map= spreads a model with the package accelerate, which is not installed; run: pip install accelerate")
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ModelError(f"no folder {source}; give a folder with config.json, a bundled name ({', '.join(_bundled)}) or a hub id")
     try:
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **common)
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **common, **kwargs)
+        seq2seq = getattr(AutoConfig.from_pretrained(source, **common), "is_encoder_decoder", False)
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        with quantising(source, quantization, kwargs.get("quantization_config")) as look:
+            hf = look(auto.from_pretrained(source, dtype=dtype, **common, **kwargs))
+    except ModelError: raise
     except (OSError, ValueError) as e: raise _no_model(source, e) from e
     return (hf if "device_map" in kwargs else hf.to(device)), tokenizer
 
@@ -76,7 +135,7 @@ def _loaded(source: str, revision, tokenizer, dtype, device, trust_remote_code, 
     if source in _bundled: name, folder = _bundled[source]["id"], str(bundled_folder(source))
     hf, tokenizer = _from_pretrained(folder, revision, tokenizer, dtype, device, trust_remote_code, **kwargs)
     commit = getattr(hf.config, "_commit_hash", None)
-    model = _bridge(hf, tokenizer, folder)
+    model = _hooked(hf, tokenizer, folder)
     return model, f"{name}@{commit or revision}" if commit or revision else name
 
 # %% ../../nbs/models/09_loading.ipynb #d4e0ad49
@@ -86,21 +145,23 @@ def load_model(source, # bundled name, hub id, folder, Hugging Face model, Hooke
                dtype: torch.dtype | None = None, # default: float32 on a CPU, bfloat16 on a GPU
                device: str | None = None, # default: the GPU when there is one
                attention: str | None = None, # Hugging Face's "sdpa" or "flash_attention_2"; default: TransformerLens's, with all its hooks
-               device_map=None, # "auto", or {module: device}: spread a model over devices with accelerate
+               quantization: str | None = None, # "nf4", "int8" or "int4"; default: as the weights were saved
                trust_remote_code: bool = False, # runs code from the hub only when you say so
-               **kwargs, # passed on to `from_pretrained`
+               **kwargs, # passed on to `from_pretrained`: quantization_config, device_map="auto" to spread a model over devices ...
               ): # the TransformerLens object, ready for every function of this package
     "A hooked model from whatever you have."
-    if device_map is not None: kwargs["device_map"] = device_map
+    kwargs = {k: x for k, x in dict(quantization=quantization, **kwargs).items() if x is not None}
     recipe = None # how to load it again, where that is known
     if isinstance(source, torch.nn.Module):
         given = [n for n, x in dict(revision=revision, dtype=dtype, device=device, **kwargs).items() if x is not None]
-        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; convert it first, as in model.to(...)")
+        instead = "load it that way: from_pretrained(..., quantization_config=...)" if "quantization" in kwargs else \
+            "convert it first, as in model.to(...)"
+        if given: raise ModelError(f"{', '.join(given)} cannot be used with a model object; {instead}")
         model, name = _wrapped(source, tokenizer)
     else:
         if tokenizer is None: recipe = dict(source=str(source), revision=revision, trust_remote_code=trust_remote_code, **kwargs)
         model, name = _loaded(str(source), revision, tokenizer, dtype, device, trust_remote_code, **kwargs)
-    _facts[model] = dict(model_id=name, recipe=recipe)
+    _facts[model] = _facts.get(model, {}) | dict(model_id=name, recipe=recipe)
     view(model).check()
     if attention is not None: attend(model, attention)
     return model

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .hooked import ModelView
+from .quantised import form
 
 # %% ../../nbs/models/01_logits.ipynb #969aae19
 @patch
@@ -44,6 +45,26 @@ def _masked(module, ids: Tensor, mask: Tensor | None) -> dict:
     if "position_ids" not in inspect.signature(module.forward).parameters: return dict(attention_mask=mask)
     return dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0))
 
+@patch(as_prop=True)
+def base(self: ModelView):
+    "The part of a Hugging Face model that ends before the unembedding; the model itself where there is none."
+    base = getattr(self.hf, "base_model", self.hf)
+    return base if base is not self.hf else getattr(self.hf, "model", self.hf)
+
+@patch
+def _fed(self: ModelView, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]: # [batch, 1 + pos]
+    "What the decoder of an encoder-decoder is given: its start token, then the text."
+    start = ids.new_full((len(ids), 1), self.hf.config.decoder_start_token_id)
+    return torch.cat([start, ids], 1), None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+
+@patch
+def _body_of_two(self: ModelView, ids: Tensor, mask: Tensor | None) -> None:
+    "Run an encoder-decoder without its unembedding: the text into the encoder, and behind the start token into the decoder."
+    fed, seen = self._fed(ids, mask)
+    states = self.hf.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    self.hf.get_decoder()(input_ids=fed, attention_mask=seen, encoder_hidden_states=states, encoder_attention_mask=mask, use_cache=False)
+
+# %% ../../nbs/models/01_logits.ipynb #9e49c65f
 @patch
 def body(self: ModelView,
          ids: Int[Tensor, "batch pos"], # token ids
@@ -56,8 +77,9 @@ def body(self: ModelView,
     if not self.is_bridge:
         self.model(ids, attention_mask=_on(ids, attention_mask), return_type=None, stop_at_layer=self.n_layers)
         return
-    base = getattr(self.hf, "base_model", self.hf)
-    if base is self.hf: self.model(ids, attention_mask=_on(ids, attention_mask), return_type=None)
+    base = self.base
+    if self.seq2seq: self._body_of_two(ids, _on(ids, attention_mask))
+    elif base is self.hf: self.model(ids, attention_mask=_on(ids, attention_mask), return_type=None)
     else: base(ids, use_cache=False, **_masked(base, ids, attention_mask))
 
 # %% ../../nbs/models/01_logits.ipynb #2a12cb60
@@ -71,7 +93,12 @@ def logits(self: ModelView,
     ids = ids.to(self.device)
     if self.prompt is None and attention_mask is not None:
         with self.at(_ends(attention_mask)): return self.logits(ids, attention_mask, keep)
-    if self.is_bridge and hasattr(self.hf, "base_model"):
+    if self.seq2seq:
+        mask = _on(ids, attention_mask)
+        fed, seen = self._fed(ids, mask)
+        out = self.hf(input_ids=ids, attention_mask=mask, decoder_input_ids=fed, decoder_attention_mask=seen, use_cache=False)
+        return out.logits[:, 1:][:, -keep:]
+    if self.is_bridge:
         few = dict(logits_to_keep=keep) if "logits_to_keep" in inspect.signature(self.hf.forward).parameters else {}
         return self.hf(ids, use_cache=False, **few, **_masked(self.hf, ids, attention_mask)).logits[:, -keep:]
     return self.model(ids, attention_mask=_on(ids, attention_mask), return_type="logits")[:, -keep:]
@@ -91,7 +118,7 @@ def head(self: ModelView,
 def has_head(self: ModelView) -> bool:
     "Does `head` give this model's own logits? Asked of the model once, on two tokens."
     if self._has_head is None:
-        base = getattr(self.hf, "base_model", self.hf) if self.is_bridge else None
+        base = self.base if self.is_bridge and not self.seq2seq else None
         if base is None or base is self.hf or self.hf.get_output_embeddings() is None: self._has_head = False
         else:
             ids = (torch.arange(2)[None] + 1).to(self.device)
@@ -104,7 +131,7 @@ def hidden(self: ModelView,
            ids: Int[Tensor, "batch pos"], # token ids, no pads
           ) -> Float[Tensor, "batch pos d_model"]:
     "The body's output, after its final norm: what `head` takes (see `has_head`)."
-    return self.hf.base_model(ids.to(self.device), use_cache=False).last_hidden_state
+    return self.base(ids.to(self.device), use_cache=False).last_hidden_state
 
 # %% ../../nbs/models/01_logits.ipynb #a48bcfe9
 _BLOCK = 1 << 23 # logits that exist at a time
@@ -121,7 +148,7 @@ def logit_blocks(self: ModelView,
     "The same logits as `head`, a part of the vocabulary at a time where the unembedding is a plain matrix that nobody hooks."
     module, cap = self.hf.get_output_embeddings(), getattr(self.hf.config, "final_logit_softcapping", None)
     plain = getattr(module, "original_component", module)
-    if type(plain) is not torch.nn.Linear or any(map(_hooked, (*module.modules(), plain))):
+    if type(plain) is not torch.nn.Linear or form(plain.weight) or any(map(_hooked, (*module.modules(), plain))):
         yield 0, self.head(hidden)
         return
     size = size or max(8192, _BLOCK//max(1, len(hidden))) # thinner matrices multiply slowly

@@ -14,14 +14,16 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .hooked import ModelError, ModelView
+from .hooked import ModelError, ModelView, is_plain, kind_of
+from .quantised import steady, written
 
 # %% ../../nbs/models/02_mlp.ipynb #24668f9d
 @patch
-def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
+def act_fn(self: ModelView, layer: int, # 0 .. n_layers-1
+           part: str = "mlp", # or "experts", "shared"
           ) -> Callable: # the model's own function
     "The activation function of a layer's MLP, taken from the model."
-    mlp = self.model.blocks[layer].mlp
+    mlp = self.points(layer, part)
     for owner in (mlp, getattr(mlp, "original_component", None)):
         for name in ("act_fn", "activation_fn", "act", "gelu_impl"):
             fn = getattr(owner, name, None) if owner is not None else None
@@ -31,11 +33,12 @@ def act_fn(self: ModelView, layer: int # 0 .. n_layers-1
     raise ModelError(f"{self.model_id} does not tell the activation function of layer {layer} (cfg.act_fn = {self.cfg.act_fn!r})")
 
 @patch
-def act_module(self: ModelView, layer: int # 0 .. n_layers-1
+def act_module(self: ModelView, layer: int, # 0 .. n_layers-1
+               part: str = "mlp", # or "shared"; experts have none
               ) -> torch.nn.Module | None:
-    "The module that computes a layer's activation and nothing else, or None when the model has none such."
-    found = self._acts.get(layer)
-    return found if found is not None and found is self.act_fn(layer) else None
+    "The module that computes a part's activation and nothing else, or None when the model has none such."
+    found = self._acts.get((layer, part))
+    return found if found is not None and found is self.act_fn(layer, part) else None
 
 # %% ../../nbs/models/02_mlp.ipynb #f06ef864
 @contextmanager
@@ -48,21 +51,27 @@ def _brought_in(module: torch.nn.Module):
             for m in away: stack.enter_context(align_module_device(m))
         yield
 
+def _w_out(v: ModelView, layer: int, part: str) -> Float[Tensor, "width d_model"]:
+    "Output weights of one part."
+    points = v.points(layer, part)
+    holder = getattr(getattr(points, "part", None), "module", points)
+    with _brought_in(holder): w = written(points).detach()
+    want = v.layout.part(layer, part).size, v.d_model
+    if tuple(w.shape) != want: raise ModelError(f"W_out of the {part} of layer {layer} of {v.model_id} is {tuple(w.shape)}, not {want}")
+    return w
+
 @patch
 def w_out(self: ModelView, layer: int # 0 .. n_layers-1
-         ) -> Float[Tensor, "d_mlp d_model"]: # row i is what neuron i writes, per unit of activation
-    "Output weights of a layer's MLP."
-    mlp = self.model.blocks[layer].mlp
-    with _brought_in(mlp): w = mlp.W_out.detach()
-    if tuple(w.shape) != (self.d_mlp, self.d_model):
-        raise ModelError(f"W_out of layer {layer} of {self.model_id} is {tuple(w.shape)}, not {(self.d_mlp, self.d_model)}")
-    return w
+         ) -> Float[Tensor, "width d_model"]: # row i is what neuron i writes, per unit of activation (an expert's: times its router weight)
+    "Output weights of a layer's neurons, part after part."
+    parts = [_w_out(self, layer, p.kind) for p in self.layout.layers[layer]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, self.d_model)
 
 @patch
 def b_in(self: ModelView, layer: int # 0 .. n_layers-1
         ) -> Tensor | None: # [d_mlp], or None when there is none
     "The bias that TransformerLens adds to the product of a gated MLP (after folding a layer norm); None otherwise."
-    b = getattr(self.model.blocks[layer].mlp, "b_in", None) if self.gated and not self.is_bridge else None
+    b = getattr(self.points(layer), "b_in", None) if self.gated and not self.is_bridge else None
     return b if b is not None and bool((b != 0).any()) else None
 
 # %% ../../nbs/models/02_mlp.ipynb #92e092aa
@@ -70,7 +79,9 @@ def _check_fired(v: ModelView, layer: int, kind: str, x: Tensor | None) -> None:
     "One error for a hook that did not fire or has another width than the MLP."
     name = v.hook_name(layer, kind)
     if x is None: raise ModelError(f"hook {name} did not fire: layer {layer} of {v.model_id} was not run, or runs past TransformerLens")
-    if x.shape[-1] != v.d_mlp: raise ModelError(f"hook {name} of {v.model_id} has width {x.shape[-1]}, but d_mlp is {v.d_mlp}")
+    want = v.layout.part(layer, kind_of(kind)[0]).width
+    if x.shape[-1] == want: return
+    raise ModelError(f"hook {name} of {v.model_id} has width {x.shape[-1]}, but its output weights are of {want} neurons")
 
 @patch
 def cached(self: ModelView,
@@ -78,7 +89,7 @@ def cached(self: ModelView,
            layers: list[int], # which
            kind: str, # "pre", "pre_linear" or "post"
           ) -> dict[int, Float[Tensor, "batch pos d_mlp"]]: # by layer
-    "Whole activations of a few layers, through TransformerLens's `run_with_cache`; for small inputs."
+    "Whole activations of a few dense layers, through TransformerLens's `run_with_cache`; for small inputs."
     names = {self.point(l, kind).name: l for l in layers}
     _, cache = self.model.run_with_cache(ids.to(self.device), names_filter=lambda name: name in names)
     got = {names[n]: x for n, x in cache.items() if n in names}
@@ -94,8 +105,9 @@ def _keeper(got: dict, key) -> Callable[[Tensor], None]:
 @patch
 @contextmanager
 def _watching(self: ModelView):
-    "What the modules that may be activation functions of a gated MLP return, by layer."
-    seen = {l: (fn, []) for l in range(self.n_layers) if self.gated and isinstance(fn := self.act_fn(l), torch.nn.Module)}
+    "What the modules that may be activation functions of a gated MLP return, by layer and part."
+    dense = [(l, k) for l, k in self.parts if k != "experts" and self._point(l, f"{k}.pre_linear") is not None]
+    seen = {at: (fn, []) for at in dense if isinstance(fn := self.act_fn(*at), torch.nn.Module)}
     handles = [fn.register_forward_hook(lambda mod, args, out, x=x: x.append(out.detach().clone())) for fn, x in seen.values()]
     try: yield seen
     finally:
@@ -108,12 +120,15 @@ def _check_finite(v: ModelView, layer: int, kind: str, x: Tensor) -> None:
         raise ModelError(f"activations of layer {layer} ({v.hook_name(layer, kind)}) are NaN or infinite; look at the weights of layers "
                          f"0 to {layer}, or load the model in float32 or bfloat16")
 
-def _check_product(v: ModelView, layer: int, pre: Tensor, linear: Tensor, post: Tensor) -> None:
-    "One error for a gated MLP that computes something else."
-    want = v.act_fn(layer)(pre)*linear
+def _check_product(v: ModelView, layer: int, part: str, got: dict) -> None:
+    "One error for an MLP that computes something else."
+    pre, linear, post = (got.get((layer, f"{part}.{k}")) for k in ("pre", "pre_linear", "post"))
+    points = v.points(layer, part)
+    want = v.act_fn(layer, part)(pre)*(1 if linear is None else points.factor(linear) if part == "experts" else linear)
     if v.b_in(layer) is not None: want = want + v.b_in(layer)
     if not torch.allclose(want.float(), post.float(), rtol=2e-2, atol=1e-3*float(want.float().abs().max()) + 1e-7):
-        raise ModelError(f"layer {layer} of {v.model_id} does not compute act_fn(hook_pre) * hook_pre_linear: "
+        product, where = " * hook_pre_linear" if linear is not None else "", "" if part == "mlp" else f" in its {part}"
+        raise ModelError(f"layer {layer} of {v.model_id} does not compute act_fn(hook_pre){product}{where}: "
                          "its activations cannot be read at this site")
 
 # %% ../../nbs/models/02_mlp.ipynb #0cce20ce
@@ -124,14 +139,15 @@ def check(self: ModelView) -> ModelView: # itself
     if self.is_bridge and getattr(self.hf, "training", False):
         raise ModelError(f"{self.model_id} is in training mode: dropout would change every number; call model.eval()")
     if self._checked: return self
-    got, kinds = {}, ("pre", "pre_linear", "post") if self.gated else ("pre", "post")
-    keep = [(l, k, _keeper(got, (l, k))) for l in range(self.n_layers) for k in kinds]
-    with self._watching() as seen, self.hooks(keep): self.body(torch.arange(2)[None] + 1)
-    self._acts = {l: fn for l, (fn, x) in seen.items() if len(x) == 1 and (l, "pre") in got and torch.equal(x[0], fn(got[l, "pre"]))}
-    for l in range(self.n_layers):
-        for k in kinds:
-            _check_fired(self, l, k, got.get((l, k)))
-            _check_finite(self, l, k, got[l, k])
-        if self.gated: _check_product(self, l, got[l, "pre"], got[l, "pre_linear"], got[l, "post"])
+    steady(self.model)
+    got, every = {}, [(l, f"{p}.{k}") for l, p in self.parts for k in ("pre", "pre_linear", "post")]
+    there = [(l, k) for l, k in every if self._point(l, k) is not None or not k.endswith("pre_linear")]
+    with self._watching() as seen, self.hooks([(l, k, _keeper(got, (l, k))) for l, k in there]): self.body(torch.arange(2)[None] + 1)
+    for l, k in there:
+        _check_fired(self, l, k, got.get((l, k)))
+        _check_finite(self, l, k, got[l, k])
+    for l, p in self.parts:
+        if is_plain(self.model) or self.gated: _check_product(self, l, p, got)
+    self._acts = {at: fn for at, (fn, x) in seen.items() if len(x) == 1 and torch.equal(x[0], fn(got[at[0], f"{at[1]}.pre"]))}
     self._checked = True
     return self

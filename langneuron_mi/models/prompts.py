@@ -41,7 +41,11 @@ def encode(self: ModelView,
     pad = self.tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad]*(width - len(r)) + r for r in rows])
     mask = torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows])
-    return ids, mask
+    return (ids, mask) if not self.seq2seq else (_to_the_left(ids, mask), mask.flip(1)) # an encoder's pads stand behind the text
+
+def _to_the_left(ids: Tensor, mask: Tensor) -> Tensor:
+    "Left-padded rows with their pads on the right."
+    return torch.stack([row.roll(int(m.sum()) - len(row)) for row, m in zip(ids, mask)])
 
 # %% ../../nbs/models/04_prompts.ipynb #f2951899
 @patch
@@ -51,7 +55,7 @@ def _following(self: ModelView, use_cache: bool = True):
     seen = 0
     def before(module, args, kwargs):
         self.offset = 0 if (past := kwargs.get("past_key_values")) is None else int(past.get_seq_length())
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
         if not self.offset and ids is not None: self.prefill = ids.shape[1]
     def first(x): # HookedTransformer
         nonlocal seen
@@ -72,9 +76,9 @@ def _following(self: ModelView, use_cache: bool = True):
 def _continue_batch(self: ModelView, ids: Tensor, mask: Tensor, **options) -> list[str]:
     "What Hugging Face's `generate` adds to each row."
     options = dict(pad_token_id=self.tokenizer.pad_token_id or 0) | options
-    with self.at(ids.shape[1]), self._following():
+    with self.at(0 if self.seq2seq else ids.shape[1]), self._following(): # the start token of a decoder counts as prompt
         out = self.hf.generate(input_ids=ids, attention_mask=mask, **options)
-    return self.tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    return self.tokenizer.batch_decode(out[:, 1 if self.seq2seq else ids.shape[1]:], skip_special_tokens=True)
 
 @patch
 def _continue_row(self: ModelView, row: Int[Tensor, "1 pos"], use_cache: bool, **options) -> str:
@@ -105,6 +109,7 @@ def stops_at(self: ModelView, ends: list[int] # special tokens behind an answer
     own = getattr(getattr(self.hf, "generation_config", None), "eos_token_id", None) if self.is_bridge else self.tokenizer.eos_token_id
     return dict(eos_token_id=[*dict.fromkeys([*([own] if isinstance(own, int) else own or []), *ends])])
 
+# %% ../../nbs/models/04_prompts.ipynb #7b4d9995
 @patch
 def generate(self: ModelView,
              prompts: Prompt | list[Prompt], # texts to continue, or turns to answer

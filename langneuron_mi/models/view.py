@@ -6,7 +6,7 @@
 __all__ = ['view']
 
 # %% ../../nbs/models/05_view.ipynb #254d26e3
-from . import identity, logits, mlp, prompts # they add their methods to the class
+from . import identity, logits, mlp, prompts, whole # they add their methods to the class
 from .hooked import ModelError, ModelView, _is_lens
 
 # %% ../../nbs/models/05_view.ipynb #be7d4e8c

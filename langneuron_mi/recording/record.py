@@ -23,8 +23,10 @@ from ..core.settings import takes
 from ..models.hooked import ModelView
 from ..models.view import view
 from .groups import finish, groups, merge
-from .recorder import Recorder, RecordingError, Shard, one_language, shards
-from .stats import ActivationStats, _sorted_out, check_site, load_texts, save_texts
+from .passes import RecordingError
+from .recorder import Recorder, Shard, one_language, shards
+from .stats import ActivationStats, _sorted_out, check_site
+from .text_files import load_texts, save_texts
 from ..text.corpus import Corpus
 from ..text.sources import load_corpus
 from ..text.languages import language
@@ -207,18 +209,17 @@ def _record_all(session: Session, recorder: Recorder, windows: TokenWindows, rec
     there = {lang: folder.part(lang).peek() for lang in windows.langs}
     left = [s for lang in windows.langs for s in by_lang[lang][there[lang].get("done", 0):]]
     results = session.map(_work(recorder, windows, left, sum(facts.get("n_tokens", 0) for facts in there.values())))
-    found, n = {}, {}
-    texts, sums = {}, {}
+    tensors, n, texts, sums = {}, {}, {}, {}
     try:
         for lang in windows.langs:
-            found[lang], n[lang] = _language(recorder, windows, by_lang[lang], folder.part(lang), results, recording.checkpoint_every)
-            texts[lang] = {k: found[lang].pop(k) for k in ("text_means", "impact") if k in found[lang]}
+            found, n[lang] = _language(recorder, windows, by_lang[lang], folder.part(lang), results, recording.checkpoint_every)
+            texts[lang] = {k: found.pop(k) for k in ("text_means", "impact") if k in found}
+            _put(tensors, found, windows.langs, lang)
             if texts[lang] and folder.path is not None:
                 sums[lang] = save_texts(folder.stats, lang, texts[lang])
                 texts[lang] = load_texts(folder.stats, lang)
     except KeyboardInterrupt: raise KeyboardInterrupt(_stopped(session, folder, windows, recording, run)) from None
     finally: results.close()
-    tensors = {k: torch.stack([found[l][k] for l in windows.langs]) for k in next(iter(found.values()))}
     per_text = {g: {l: texts[l][g] for l in windows.langs} for g in next(iter(texts.values()))}
     stats = ActivationStats(tuple(windows.langs), n, tensors["count_pos"], recorder.site, seen={l: windows.seen(l) for l in windows.langs},
                             meta=_meta(folder.config, corpus), **_sorted_out(tensors), **per_text)
@@ -226,6 +227,13 @@ def _record_all(session: Session, recorder: Recorder, windows: TokenWindows, rec
     return stats
 
 # %% ../../nbs/recording/03_record.ipynb #383662ad
+def _put(tensors: dict[str, Tensor], found: dict[str, Tensor], langs: tuple, lang: str) -> None:
+    "A language's tensors to their place among all: allocated once, so that nothing of that size exists twice."
+    for k, x in found.items():
+        if k not in tensors: tensors[k] = x.new_zeros(len(langs), *x.shape)
+        tensors[k][langs.index(lang)] = x
+    found.clear()
+
 def _meta(config: dict, corpus: Corpus) -> dict:
     "What the artifact says of its making."
     return config | dict(key=fingerprint(config), corpus_provenance=corpus.provenance)

@@ -44,10 +44,13 @@ def _neurons(v: ModelView, layers, neurons, site: str) -> list[tuple[int, int]]:
     if getattr(neurons, "site", site) != site: raise ValueError(f"these neurons are of site {neurons.site!r}; pass site={neurons.site!r}")
     if getattr(neurons, "model", None) not in (None, v.fingerprint):
         raise ValueError(f"these neurons were found in a model with fingerprint {neurons.model}; {v.model_id} has {v.fingerprint}")
-    chosen = [(l, i) for l in layers for i in range(v.d_mlp)] if neurons is None else [(int(l), int(i)) for l, i in neurons]
+    if neurons is not None: chosen = [(int(l), int(i)) for l, i in neurons]
+    else: chosen = [(l, i) for l in layers for i in range(v.layout.widths[l] if 0 <= l < v.n_layers else 1)]
     for l, i in chosen:
-        if not (0 <= l < v.n_layers and 0 <= i < v.d_mlp):
-            raise ValueError(f"no neuron {i} in layer {l}: {v.model_id} has {v.n_layers} layers × {v.d_mlp} neurons")
+        try: v.layout.check(l, i)
+        except ValueError as e:
+            has = f"{v.n_layers} layers × {v.d_mlp} neurons"
+            raise ValueError(f"no neuron {i} in layer {l}: {v.model_id} has {has} ({e})") from None
     return chosen
 
 # %% ../../nbs/recording/04_tokens.ipynb #7c803301
@@ -66,10 +69,9 @@ def cache_activations(model, # a hooked model
 
 def _token_values(v: ModelView, prompt: str, chosen: list, site: str) -> tuple[list[str], Tensor]:
     "Token texts of one prompt, and the chosen neurons' activations."
-    kind = "pre" if site == "gate" and v.gated else "post"
     ids, _ = v.encode([prompt])
-    got = v.cached(ids, sorted({l for l, _ in chosen}), kind)
-    act = {l: v.act_fn(l)(x[0]) if kind == "pre" else x[0] for l, x in got.items()}
+    with v.whole({l for l, _ in chosen}, site) as seen: v.body(ids)
+    act = {l: seen.of(l, 1)[0] for l in seen.layers}
     return [v.tokenizer.decode([t]) for t in ids[0]], torch.stack([act[l][:, i] for l, i in chosen], -1).float().cpu()
 
 # %% ../../nbs/recording/04_tokens.ipynb #ed39101e

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from ..core.settings import takes
+from ..models.parts import anatomy
 from ..recording.groups import Layer, choose, finish, groups as all_groups
 
 # %% ../../nbs/scale/03_plan.ipynb #d01e7d46
@@ -21,7 +22,7 @@ from ..recording.groups import Layer, choose, finish, groups as all_groups
 class Size:
     "What planning must know of a model."
     n_layers: int
-    d_mlp: int
+    d_mlp: int # of the widest layer
     linear: int # weights in the body's linear layers, each used once for a token
     weights: int # all, embeddings included
     attended: int # width of the queries: heads times their dimension
@@ -38,7 +39,7 @@ def size_of(config # of transformers
     with torch.device("meta"): hf = AutoModelForCausalLM.from_config(config)
     base, c = hf.base_model, getattr(config, "text_config", config)
     linear = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in ("Linear", "Conv1D"))
-    d_mlp = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4*c.hidden_size
+    d_mlp = anatomy(hf).layout.width
     dim = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return Size(c.num_hidden_layers, d_mlp, linear, sum({id(p): p.numel() for p in hf.parameters()}.values()), c.num_attention_heads*dim)
 

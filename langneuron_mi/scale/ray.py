@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.layout import from_json
 from ..core.engine import Run, Session, Work
 from ..core.storage import mirrored
 from ..models.hooked import ModelView
@@ -56,13 +57,14 @@ class RemoteView(ModelView):
         self.prompt, self.offset, self.prefill, self._settled = None, 0, None, 0
         self.attention = self._said.get("attention", "eager")
         self.n_layers, self.d_mlp, self.d_model, self._n_ctx = self._said["n_layers"], self._said["d_mlp"], facts["d_model"], facts["n_ctx"]
+        self.layout = from_json(self._said.get("parts"), (self.n_layers, self.d_mlp))
 
     model_id = property(lambda self: self._said["model_id"])
     fingerprint = property(lambda self: self._said["model"])
     gated = property(lambda self: self._said["gated"])
     dtype = property(lambda self: getattr(torch, self._said["dtype"]))
     n_ctx = property(lambda self: self._n_ctx)
-    is_bridge = property(lambda self: self._said["through"] == "TransformerBridge")
+    is_bridge = property(lambda self: self._said["through"] in ("TransformerBridge", "HookedHF"))
     @property
     def device(self):
         raise ScalingError(f"{self.model_id} was given by name, so the workers alone hold it; what runs it in this process, "

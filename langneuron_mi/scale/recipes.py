@@ -22,7 +22,7 @@ from ..models.bundled import _bundled
 from ..models.hooked import ModelView, _facts
 from ..models.loading import load_model
 from ..models.view import view
-from ..recording.recorder import RecordingError
+from ..recording.passes import RecordingError
 
 # %% ../../nbs/scale/00_recipes.ipynb #6859a2da
 class ScalingError(RecordingError):

@@ -20,6 +20,7 @@ from ..core.engine import Keep, Run, Session, Work, open_session
 from ..core.settings import takes
 from ..models.chat import Prompt
 from ..models.hooked import ModelError, ModelView
+from ..models.quantised import dequantised, packed_layers, written
 from ..models.view import view
 from .answers import answer_tokens, left_pad
 from .categories import check_texts
@@ -31,12 +32,13 @@ def w_out(model, # a hooked model
     "What each neuron of a layer writes into the residual stream, per unit of its activation."
     v = view(model)
     if not 0 <= layer < v.n_layers: raise ValueError(f"no layer {layer}; this model's layers are 0 to {v.n_layers - 1}")
-    w = getattr(v.model.blocks[layer].mlp, "W_out", None)
+    try: w = written(v.model.blocks[layer].mlp)
+    except AttributeError: w = None
     if w is None or tuple(w.shape) != (v.d_mlp, v.d_model):
         found = "none" if w is None else f"one of shape {tuple(w.shape)}"
         raise ModelError(f"the MLP of layer {layer} of {v.model_id} should have an output matrix [{v.d_mlp}, {v.d_model}], "
                          f"but has {found}; this architecture cannot be attributed")
-    return w.detach()
+    return w
 
 # %% ../../nbs/share/05_attribution.ipynb #cf23713d
 def _last_posts(v: ModelView, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"],
@@ -53,6 +55,7 @@ def _prepared(session: Session, prompts: str | Sequence[str]) -> tuple[ModelView
     "A checked view and a list of prompts."
     v, prompts = session.view.check(), [prompts] if isinstance(prompts, str) else list(prompts)
     v.untouched("attribution")
+    v.dense_only("attribution")
     if not prompts: raise ValueError("no prompts were given; give at least one")
     return v, prompts
 
@@ -93,7 +96,8 @@ def w_u(model, # a hooked model
        ) -> Float[Tensor, "row d_model"]: # float32
     "Unembedding directions of tokens."
     v = view(model)
-    w = v.model.W_U
+    head = None if v.hf is None else v.hf.get_output_embeddings()
+    w = dequantised(head).T if head is not None and packed_layers(head) else v.model.W_U
     if w.shape[0] != v.d_model:
         raise ModelError(f"the unembedding of {v.model_id} should have {v.d_model} rows, but its shape is {tuple(w.shape)}; "
                          "this architecture cannot be attributed")

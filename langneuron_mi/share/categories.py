@@ -20,6 +20,7 @@ from ..text.languages import language
 from ..models.chat import Asking, Prompt
 from ..models.hooked import ModelView
 from ..models.view import view
+from ..core.layout import Layout
 from ..find.neurons import NeuronSet
 from ..recording.stats import check_site
 
@@ -124,6 +125,7 @@ def active(self: Reader, prompts: list[Prompt], lang: str) -> Bool[Tensor, "thet
     "Which neurons are active in each prompt."
     ids, mask = self.v.encode(prompts)
     got, layers, here = {}, range(self.v.n_layers), mask.bool() if self.token == "last" else _real(self.v, prompts, ids.shape[1])
+    if not self.v.layout.dense: return self._active_parts(ids, mask, here, lang)
     with self.v.hooks([(l, self.kind, self.hook(l, here, got)) for l in layers]): self.v.body(ids, mask)
     if bad := [l for l in layers if not got["finite", l]]:
         where = self.v.hook_name(bad[0], self.kind)
@@ -132,6 +134,21 @@ def active(self: Reader, prompts: list[Prompt], lang: str) -> Bool[Tensor, "thet
     return torch.stack([got[l].to(self.v.device) for l in layers], 2)
 
 # %% ../../nbs/share/01_categories.ipynb #762e82cc
+@patch
+def _active_parts(self: Reader, ids: Tensor, mask: Tensor, here: Tensor, lang: str) -> Bool[Tensor, "theta input layer neuron"]:
+    "The same where layers have parts: a neuron of an expert is active where the token is routed there and it fires."
+    self.v.decoder_only("sharing")
+    got, layers = {}, [l for l in range(self.v.n_layers) if self.v.layout.layers[l]]
+    with self.v.whole(layers, self.site) as seen: self.v.body(ids, mask)
+    kind, self.kind = self.kind, "post"  # what `whole` gives is the activation
+    try:
+        for l in layers: self.hook(l, here, got)(seen.of(l, len(ids)))
+    finally: self.kind = kind
+    if bad := [l for l in layers if not got["finite", l]]:
+        raise ValueError(f"activations of layer {bad[0]} are NaN or infinite on {lang} prompts; load the model in float32 or bfloat16")
+    none = torch.zeros_like(got[layers[0]])
+    return torch.stack([got.get(l, none).to(self.v.device) for l in range(self.v.n_layers)], 2) & self.v.layout.real.to(self.v.device)
+
 @takes(activity=Activity)
 def input_categories(model, # a hooked model
                      prompts: Mapping[str, str], # one input: its prompt in every language
@@ -145,8 +162,9 @@ def input_categories(model, # a hooked model
     return categories(torch.stack([reader.active(p, lang)[0, 0] for lang, p in prompts.items()])).cpu()
 
 # %% ../../nbs/share/01_categories.ipynb #3280a43f
-def _sets(found: Int8[Tensor, "layer neuron"], site: str, model: str | None) -> dict[str, NeuronSet]:
-    return {c: NeuronSet.from_mask(found == k, site, model) for k, c in enumerate(CATEGORIES)}
+def _sets(found: Int8[Tensor, "layer neuron"], site: str, model: str | None, layout: Layout | None = None) -> dict[str, NeuronSet]:
+    real = True if layout is None else layout.real
+    return {c: NeuronSet.from_mask((found == k) & real, site, model, layout) for k, c in enumerate(CATEGORIES)}
 
 @takes(activity=Activity)
 def category_sets(model, # a hooked model
@@ -154,4 +172,5 @@ def category_sets(model, # a hooked model
                   *, activity: Activity, # when a neuron is active
                  ) -> dict[str, NeuronSet]: # by category; together they are all neurons
     "The neurons of each category for one input."
-    return _sets(input_categories(model, prompts, activity=activity), activity.site, view(model).fingerprint)
+    v = view(model)
+    return _sets(input_categories(model, prompts, activity=activity), activity.site, v.fingerprint, v.layout)

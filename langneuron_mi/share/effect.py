@@ -92,11 +92,11 @@ def input_effect(v: ModelView, how: _How, one: _Input, tick: Callable) -> tuple[
     "Scores of one input: untouched, then under the intervention on each category's own and random sets."
     reader = Reader(v, (float(how.activity.theta),), how.activity.token, how.activity.site)
     found = categories_of(torch.stack([reader.active([p], lang)[0, 0] for lang, p in one.prompts.items()])).cpu()
-    active = NeuronSet.from_mask(found != 3, reader.site)
+    active = NeuronSet.from_mask((found != 3) & v.layout.real, reader.site, layout=v.layout)
     before, right = answer_scores(v, one.golds, how.batch_size)
     n, after, top1 = [], [], []
     for c in how.treatment.indices:
-        own = NeuronSet.from_mask(found == c, reader.site)
+        own = NeuronSet.from_mask((found == c) & v.layout.real, reader.site, layout=v.layout)
         n.append(len(own))
         rows = []
         for s in [own, *how.against.draw(own, active, one.number, c)]:

@@ -8,6 +8,7 @@ __all__ = ['Sharing', 'prompt_categories', 'prompt_batches', 'Reading', 'sharing
 # %% ../../nbs/share/02_sharing.ipynb #579456f9
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +17,7 @@ from fastcore.basics import patch
 from jaxtyping import Float64, Int32, Int64
 from torch import Tensor
 
+from ..core.layout import Layout, from_json
 from ..core.fingerprints import fingerprint, provenance
 from ..core.artifacts import load_artifact, save_artifact
 from ..core.engine import Keep, Run, Work, open_session
@@ -48,10 +50,14 @@ class Sharing:
     @property
     def shares(self) -> Float64[Tensor, "theta input layer category"]: # the four sum to 1
         "Share of a layer's neurons in each category, for every input."
-        return self.per_input.double()/self.shape[1]
+        return self.per_input.double()/torch.tensor(self.layout.widths).clamp_min(1)[:, None]
+    @cached_property
+    def layout(self) -> Layout: return from_json(self.provenance.get("parts"), self.shape)
     def __repr__(self) -> str:
         thetas = ", ".join(f"{t:g}" for t in self.theta)
-        return (f"Sharing({self.n_inputs} inputs in {', '.join(self.langs)}; {self.shape[0]} layers × {self.shape[1]:,}, "
+        n, dense = self.shape[0], self.layout.dense
+        size = f"{n} layers × {self.shape[1]:,}" if dense else f"{self.layout.size:,} neurons in {n} layers"
+        return (f"Sharing({self.n_inputs} inputs in {', '.join(self.langs)}; {size}, "
                 f"{self.token} token, theta={thetas}, site={self.site!r})")
 
 # %% ../../nbs/share/02_sharing.ipynb #31c12a02
@@ -67,7 +73,8 @@ def prompt_categories(v: ModelView, options: tuple, # thresholds, token rule, si
         which = which + on[0].to(torch.int16)*k  # where one language is active, this is its number
         tick(len(texts))
     found = of_count(count, len(prompts))
-    hits = [found == c for c in range(len(CATEGORIES))]
+    real = v.layout.real.to(found.device)  # a pad is no neuron, and so in no category
+    hits = [(found == c) & real for c in range(len(CATEGORIES))]
     own = torch.stack([(hits[2][0] & (which == k)).sum(0) for k in range(len(prompts))])
     counts, held = torch.stack([h.sum(1) for h in hits], 1), torch.stack([h.sum(-1) for h in hits], -1).int()
     return counts.cpu(), own.cpu(), held.cpu()
@@ -111,6 +118,7 @@ def sharing(model, # a hooked model, from load_model
     with open_session(model, view, run) as session:
         v, how = session.view, reading
         v.untouched("sharing")
+        v.decoder_only("sharing")
         prompts = check_prompts(v, prompts, asking=how)
         thetas = tuple(map(float, how.theta if isinstance(how.theta, Sequence) else [how.theta]))
         Reader(v, thetas, how.token, how.site)  # a wrong word is told before any work
@@ -183,7 +191,7 @@ def repetition(self: Sharing,
 def _enough(counts: Int64[Tensor, "layer neuron"], s: Sharing, at_least: float) -> NeuronSet:
     "Neurons whose count reaches a share of the inputs."
     if not 0 < at_least <= 1: raise ValueError(f"at_least={at_least} is no share of the inputs; give a number above 0, at most 1")
-    return NeuronSet.from_mask(counts.double()/s.n_inputs >= at_least, s.site, s.provenance.get("model"))
+    return NeuronSet.from_mask(counts.double()/s.n_inputs >= at_least, s.site, s.provenance.get("model"), s.layout)
 
 @patch
 def neurons(self: Sharing,
@@ -219,7 +227,7 @@ def most(self: Sharing,
     first = order[counts[order].argsort(descending=True, stable=True)[:n]]
     mask = torch.zeros(len(counts), dtype=torch.bool)
     mask[first[counts[first] > 0]] = True
-    return NeuronSet.from_mask(mask.view(self.shape), self.site, self.provenance.get("model"))
+    return NeuronSet.from_mask(mask.view(self.shape), self.site, self.provenance.get("model"), self.layout)
 
 # %% ../../nbs/share/02_sharing.ipynb #807f8155
 @patch

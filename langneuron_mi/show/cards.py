@@ -48,8 +48,11 @@ class NeuronCard:
     texts: pd.DataFrame # lang, tokens, values, max: the texts with the highest activation, first the highest
     tokens: pd.DataFrame # token, langs, mean, n: the tokens with the highest mean activation
     effect: pd.DataFrame # lang, effect (nats), low, high, n: change of log P(answer) when it is off; empty without facts
+    place: str = "" # what people call it, where layers have parts: "layer 3, expert 5, neuron 17"
 
-    def __repr__(self) -> str: return f"NeuronCard(layer {self.layer}, neuron {self.neuron} of {self.model_id})"
+    @property
+    def name(self) -> str: return self.place or f"layer {self.layer}, neuron {self.neuron}"
+    def __repr__(self) -> str: return f"NeuronCard({self.name} of {self.model_id})"
 
 # %% ../../nbs/show/01_cards.ipynb #3e6be1a1
 def _column(pair: tuple[int, int]) -> str: return f"{pair[0]}:{pair[1]}"
@@ -154,16 +157,17 @@ def neuron_cards(model, # a hooked model
     v.untouched("describing neurons")
     _same_model(v, stats, shared, owners)
     pairs = [(int(l), int(i)) for l, i in neurons]
-    if bad := [p for p in pairs if not (0 <= p[0] < v.n_layers and 0 <= p[1] < v.d_mlp)]:
+    if bad := [p for p in pairs if not (0 <= p[0] < v.n_layers and 0 <= p[1] < v.layout.widths[p[0]])]:
         raise ValueError(f"no neuron {bad[0][1]} in layer {bad[0][0]}: {v.model_id} has {v.n_layers} layers × {v.d_mlp} neurons")
     texts = held_out.pairs()
     fires = _fires(v, pairs, texts, stats.site) if texts and pairs else None
-    effects = _effects(v, [NeuronSet([p], v.shape, stats.site, v.fingerprint) for p in pairs], facts)
+    effects = _effects(v, [NeuronSet([p], v.layout, stats.site, v.fingerprint) for p in pairs], facts)
     cards = []
     for p, effect in zip(pairs, effects):
         whose = tuple(l for l, s in (owners or {}).items() if p in s)
         best, tokens = _highest(fires, p, held_out.top)
-        cards.append(NeuronCard(*p, stats.site, v.model_id, whose, _rates(stats, p), _categories(shared, p), best, tokens, effect))
+        tables = _rates(stats, p), _categories(shared, p), best, tokens, effect
+        cards.append(NeuronCard(*p, stats.site, v.model_id, whose, *tables, v.layout.neuron_name(*p)))
     return cards
 
 def neuron_card(model, # a hooked model
@@ -231,7 +235,7 @@ def _head(card: NeuronCard) -> str:
     "Which neuron it is, and whose."
     whose = ", ".join(lang_name(l) for l in card.owners)
     found = f"; found for {html.escape(whose)}" if whose else ""
-    return (f'<div style="font-size:16px"><b>Layer {card.layer}, neuron {card.neuron}</b></div>'
+    return (f'<div style="font-size:16px"><b>{card.name[:1].upper() + card.name[1:]}</b></div>'
             f'<div style="color:{FAINT}">{html.escape(card.model_id)}, site {card.site}{found}</div>')
 
 # %% ../../nbs/show/01_cards.ipynb #97416036
@@ -285,6 +289,6 @@ def browse(cards: Sequence[NeuronCard]) -> Html:
         top = c.rates.sort_values("rate", ascending=False, kind="stable").head(3)
         said = ", ".join(f"{html.escape(lang_name(r.lang))} {r.rate:.0%}" for r in top.itertuples())
         word = f" · {_word(c.tokens.token[0])}" if len(c.tokens) else ""
-        said = f'layer {c.layer}, neuron {c.neuron} <span style="color:{FAINT}">{said}{word}</span>'
+        said = f'{c.name} <span style="color:{FAINT}">{said}{word}</span>'
         return f'<details><summary style="cursor:pointer">{said}</summary>{c._repr_html_()}</details>'
     return Html(_box("".join(map(line, cards)), "line-height:1.6"))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+from .planted_experts import homes_of, route, without_neurons, write_experts
 from .tiny import SPECIALS, _fast
 
 # %% ../../nbs/testing/01_planted.ipynb #7125fb4a
@@ -36,7 +37,7 @@ def _logits() -> dict[str, float]: return dict(meaning=5., lang=5., word=6.)
 @dataclass(frozen=True, repr=False)
 class Planted:
     "A hand-wired model together with the truth about its neurons."
-    hf: Any # `LlamaForCausalLM`, float32, in evaluation mode
+    hf: Any # `LlamaForCausalLM`, or `MixtralForCausalLM` of experts; float32, in evaluation mode
     tokenizer: Any # word-level `PreTrainedTokenizerFast`
     langs: tuple[str, ...] # the toy languages
     n_words: int # words per language
@@ -47,10 +48,14 @@ class Planted:
     noise: list[Neuron] # neurons that fire on some words of every language
     order: tuple[int, ...] # order[i] is the meaning that follows meaning i
     logits: dict[str, float] = field(default_factory=_logits) # what the three parts of a prediction add to a logit
+    experts: dict[str, list[tuple[int, int]]] = field(default_factory=dict) # (layer, expert) of each language; empty in a dense model
+    shared_experts: list[tuple[int, int]] = field(default_factory=list) # experts that every word goes to
+    idle_experts: list[tuple[int, int]] = field(default_factory=list) # experts that no token goes to
 
     def __repr__(self):
         c, n = self.hf.config, len(self.neurons[self.langs[0]])
-        size = f"{c.num_hidden_layers} layers x {c.intermediate_size} neurons"
+        of = f"{c.num_local_experts} experts of " if self.experts else ""
+        size = f"{c.num_hidden_layers} layers x {of}{c.intermediate_size} neurons"
         return f"Planted({', '.join(self.langs)}: {size}, {n} of them each language's own)"
 
 # %% ../../nbs/testing/01_planted.ipynb #304acd9d
@@ -108,20 +113,24 @@ def _noise_rows(b: _Blocks, d: int, n: int, rng: np.random.Generator) -> _Rows:
     gate, up, out = np.zeros((3, n, d))
     fires = rng.random((n, n_langs, n_words)).argsort(-1) < rng.integers(1, n_words//2 + 1, (n, 1, 1))
     values = np.where(fires, rng.uniform(1, ON, fires.shape), OFF)
-    gate[:, b["token"][len(SPECIALS):]] = values.reshape(n, -1)
+    gate[:, b["token"][len(SPECIALS):]] = values.reshape(n, n_langs*n_words)
     up[:, b["lang"]] = 1
     out[:, b["rest"]] = rng.normal(0, 1e-2, (n, 1))
     return gate, up, out
 
 # %% ../../nbs/testing/01_planted.ipynb #0dce4037
-def _roles(langs: Sequence[str], n_words: int, n_slots: int, b: _Blocks, d: int, rng: np.random.Generator) -> dict[Any, _Rows]:
+def _roles(langs: Sequence[str], n_words: int, n_slots: int, b: _Blocks, d: int, rng: np.random.Generator,
+           n_open: int | None = None, # slots that words of every language reach; None = all of them
+          ) -> dict[Any, _Rows]:
     "Rows by role; a role is a language, a tuple of languages, 'silent' or 'noise'."
     k, n = len(langs), n_words + 1
     roles = {lang: _lang_rows(b, d, i) for i, lang in enumerate(langs)}
     for pair in combinations(range(k), 2) if k > 2 else ():
         roles[tuple(langs[i] for i in pair)] = _set_rows(b, d, pair, max(n_words//2, 1), rng)
     roles[tuple(langs)] = _set_rows(b, d, range(k), 2*n, rng)
-    roles["silent"] = _set_rows(b, d, [], 2*n, rng)
+    busy = sum(len(gate) for role, (gate, _, _) in roles.items() if isinstance(role, tuple))
+    n_silent = 2*n if n_open is None else max(n_slots - k*n - busy - max(n_open - busy, 0)//2, 0) # noise fills half of what is open
+    roles["silent"] = _set_rows(b, d, [], n_silent, rng)
     used = sum(len(gate) for gate, _, _ in roles.values())
     if used > n_slots:
         raise ValueError(f"{n_slots} neurons are too few: {k} languages of {n_words} words need {used}; raise d_mlp or n_layers")
@@ -140,7 +149,7 @@ def _embed_and_head(b: _Blocks, n_langs: int, order: Sequence[int], logits: Mapp
     return embed, head
 
 def _wire(hf, b: _Blocks, rows: Iterable[np.ndarray], n_langs: int, order: Sequence[int], logits: Mapping[str, float]) -> None:
-    "Write the weights of a `LlamaForCausalLM`; `rows` are gate, up and output, one row per neuron in layer order."
+    "Write the weights, routers apart; `rows` are gate, up and output, one row per neuron in layer order."
     d = hf.config.hidden_size
     unit = math.sqrt(d/3)
     embed, head = _embed_and_head(b, n_langs, order, logits, d)
@@ -149,6 +158,9 @@ def _wire(hf, b: _Blocks, rows: Iterable[np.ndarray], n_langs: int, order: Seque
     hf.get_input_embeddings().weight.copy_(torch.tensor(embed*SCALE))
     hf.lm_head.weight.copy_(torch.tensor(head*SCALE/unit))
     for layer, g, u, o in zip(hf.model.layers, *(r.chunk(hf.config.num_hidden_layers) for r in (gate/unit, up/unit, out/ON))):
+        if hasattr(layer.mlp, "experts"):
+            write_experts(layer.mlp.experts, g, u, o)
+            continue
         layer.mlp.gate_proj.weight.copy_(g)
         layer.mlp.up_proj.weight.copy_(u)
         layer.mlp.down_proj.weight.copy_(o.T)
@@ -163,38 +175,54 @@ def _places(roles: Mapping[Any, _Rows], d_mlp: int, place: np.ndarray, # the slo
         at[role] = [divmod(int(slot), d_mlp) for slot in sorted(place[start:end])]
     return at
 
-def _empty_llama(d: int, d_mlp: int, n_layers: int, vocab: int, act: str) -> Any: # `LlamaForCausalLM`
-    "A Llama of the right size; its weights are still to be written."
-    from transformers import LlamaConfig, LlamaForCausalLM
-    cfg = LlamaConfig(vocab_size=vocab, hidden_size=d, intermediate_size=d_mlp, num_hidden_layers=n_layers, num_attention_heads=2,
-                      num_key_value_heads=2, head_dim=d//2, hidden_act=act, tie_word_embeddings=False, max_position_embeddings=1024,
-                      rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    with torch.random.fork_rng(devices=[]): return LlamaForCausalLM(cfg).float().eval()
+def _empty_model(d: int, d_mlp: int, n_layers: int, vocab: int, act: str, experts: int | None) -> Any: # of the Llama or Mixtral kind
+    "A Llama or Mixtral of the right size; its weights are still to be written."
+    import transformers as tf
+    kind, more = ("Mixtral", dict(num_local_experts=experts, num_experts_per_tok=2)) if experts else ("Llama", {})
+    cfg = getattr(tf, f"{kind}Config")(
+        vocab_size=vocab, hidden_size=d, intermediate_size=d_mlp, num_hidden_layers=n_layers, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=d//2, hidden_act=act, tie_word_embeddings=False, max_position_embeddings=1024,
+        rms_norm_eps=1e-6, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    with torch.random.fork_rng(devices=[]): return getattr(tf, f"{kind}ForCausalLM")(cfg).float().eval()
+
+def _checked(langs: Sequence[str], n_words: int, act: str) -> tuple[str, ...]: # the languages
+    "Refuse what cannot be planted."
+    langs = tuple(langs)
+    if len(langs) < 2 or len(set(langs)) < len(langs): raise ValueError(f"planted_model needs two different languages or more, not {langs}")
+    if n_words < 2: raise ValueError(f"n_words={n_words}: a language needs two words or more")
+    _check_act(act)
+    return langs
 
 # %% ../../nbs/testing/01_planted.ipynb #6f2bd370
 def planted_model(langs: Sequence[str] = ("en", "de", "fr"), # codes of the toy languages, two at least
                   *, n_words: int = 8, # words per language
                   n_layers: int = 2, # layers over which the neurons are spread
-                  d_mlp: int | None = None, # neurons per layer; by default so many that 1 % of all neurons are the languages' own
+                  d_mlp: int | None = None, # neurons per layer, or per expert; by default so many that 1 % of all are the languages' own
                   seed: int = 0, # of the places of the neurons, the order of meanings and the noise
                   act: str = "silu", # activation function of the gate, as transformers names it
+                  experts: int | None = None, # of each layer, at least one more than languages; None = a dense MLP
                   ) -> Planted:
-    "Build a Llama by hand in which every neuron's role is known."
-    langs = tuple(langs)
-    if len(langs) < 2 or len(set(langs)) < len(langs): raise ValueError(f"planted_model needs two different languages or more, not {langs}")
-    if n_words < 2: raise ValueError(f"n_words={n_words}: a language needs two words or more")
-    _check_act(act)
-    rng, d_mlp = np.random.default_rng(seed), d_mlp or -(-100*len(langs)*(n_words + 1)//n_layers)
+    "Build a Llama, or a Mixtral of `experts`, by hand in which every neuron's role is known."
+    langs, rng = _checked(langs, n_words, act), np.random.default_rng(seed)
+    homes = None if experts is None else homes_of(langs, n_layers, experts, rng)
+    own = 100*len(langs)*(n_words + 1)
+    d_mlp = d_mlp or (-(-own//n_layers) if homes is None else homes.width(own))
     b, d = _blocks(len(langs), n_words)
-    roles = _roles(langs, n_words, n_layers*d_mlp, b, d, rng)
-    place, cycle = rng.permutation(n_layers*d_mlp), rng.permutation(n_words)
+    layer = d_mlp*(experts or 1)
+    roles = _roles(langs, n_words, n_layers*layer, b, d, rng, None if homes is None else n_layers*d_mlp)
+    sizes = {r: len(gate) for r, (gate, _, _) in roles.items()}
+    place = rng.permutation(n_layers*layer) if homes is None else homes.place(sizes, d_mlp, rng)
+    cycle = rng.permutation(n_words)
     order = tuple(int(m) for _, m in sorted(zip(cycle, np.roll(cycle, -1))))
-    at, tok = _places(roles, d_mlp, place), _word_tokenizer(langs, n_words)
+    at, tok = _places(roles, layer, place), _word_tokenizer(langs, n_words)
     partial = {role: at[role] for role in at if isinstance(role, tuple) and role != langs}
-    hf = _empty_llama(d, d_mlp, n_layers, len(tok), act)
-    p = Planted(hf, tok, langs, n_words, {x: at[x] for x in langs}, at[langs], partial, at["silent"], at["noise"], order)
+    hf = _empty_model(d, d_mlp, n_layers, len(tok), act, experts)
+    truth = {} if homes is None else dict(experts=homes.own, shared_experts=homes.shared, idle_experts=homes.idle)
+    p = Planted(hf, tok, langs, n_words, {x: at[x] for x in langs}, at[langs], partial, at["silent"], at["noise"], order, **truth)
     in_layer_order = [np.concatenate(m)[place.argsort()] for m in zip(*roles.values())]
-    with torch.no_grad(): _wire(hf, b, in_layer_order, len(langs), order, p.logits)
+    with torch.no_grad():
+        _wire(hf, b, in_layer_order, len(langs), order, p.logits)
+        if homes: route(hf, homes, b["lang"], b["token"][:len(SPECIALS)], (ON, OFF))
     return p
 
 # %% ../../nbs/testing/01_planted.ipynb #25ad4737
@@ -246,7 +274,7 @@ def _nll(self: Planted, word: str, ablated: Sequence[str]) -> dict[str, float]: 
 @patch
 def expected_perplexity(self: Planted,
                         texts: Sequence[str], # words of one or more of the toy languages; BOS is put in front of each
-                        ablated: Sequence[str] = (), # languages whose neurons are zeroed
+                        ablated: Sequence[str] = (), # languages whose neurons are zeroed, or whose experts are off
                         ) -> float: # exp of the mean over all words
     "What perplexity must be, from the construction alone."
     first, after, nll = math.log(len(self.tokenizer)), {}, []
@@ -261,9 +289,10 @@ def expected_perplexity(self: Planted,
 def ablated(self: Planted,
             neurons: Sequence[Neuron], # neurons to zero
             ) -> ExitStack: # context manager
-    "Zero neurons by plain PyTorch hooks, independently of this package's interventions."
+    "Zero neurons by plain PyTorch, independently of this package's interventions."
     stack = ExitStack()
-    for i, layer in enumerate(self.hf.model.layers):
+    if self.experts: stack.enter_context(without_neurons(self.hf, neurons))
+    for i, layer in enumerate([] if self.experts else self.hf.model.layers):
         cols = [n for l, n in neurons if l == i]
         def zero(mod, args, cols=cols): return (args[0].index_fill(-1, torch.tensor(cols, dtype=torch.long), 0.),)
         stack.callback(layer.mlp.down_proj.register_forward_pre_hook(zero).remove)

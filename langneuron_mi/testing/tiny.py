@@ -49,6 +49,48 @@ ARCHS = { # name: (config class, sizes); the model class follows from the config
     "xglm": ("XGLMConfig", dict(d_model=32, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=256)),
 }
 
+# %% ../../nbs/testing/00_tiny.ipynb #f19c3937
+_routed = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2)
+_local = dict(intermediate_size=24, num_local_experts=4, num_experts_per_tok=2)
+_latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, num_key_value_heads=4)
+_gemma4 = dict(sliding_window=64, hidden_size_per_layer_input=8, vocab_size_per_layer_input=260, num_kv_shared_layers=0,
+               layer_types=["sliding_attention", "full_attention"])
+_mamba = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16)
+_delta = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=2,
+              linear_key_head_dim=8, linear_value_head_dim=8)
+ARCHS |= { # mixtures of experts
+    "mixtral": ("MixtralConfig", _common | _local),
+    "qwen2_moe": ("Qwen2MoeConfig", _common | _routed | dict(shared_expert_intermediate_size=40)),
+    "qwen3_moe": ("Qwen3MoeConfig", _common | _routed),
+    "olmoe": ("OlmoeConfig", _common | dict(intermediate_size=24, num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": ("GptOssConfig", _common | _local | dict(rope_parameters=dict(rope_type="default", rope_theta=10000.))),
+    "deepseek_v3": ("DeepseekV3Config", _common | _latent | dict(moe_intermediate_size=24, num_local_experts=4, n_routed_experts=4,
+                                                                num_experts_per_tok=2, n_group=2, topk_group=2, n_shared_experts=1,
+                                                                first_k_dense_replace=1)),
+    "llama4": ("Llama4TextConfig", _common | dict(intermediate_size=24, intermediate_size_mlp=64, num_local_experts=4,
+                                                  num_experts_per_tok=1, interleave_moe_layer_step=2)),
+    "gemma4_moe": ("Gemma4TextConfig", _common | _gemma4 | dict(enable_moe_block=True, num_experts=4, top_k_experts=2,
+                                                                moe_intermediate_size=24)),
+    "granite_moe": ("GraniteMoeConfig", _common | _local),
+    "phi_moe": ("PhimoeConfig", _common | _local),
+}
+
+# %% ../../nbs/testing/00_tiny.ipynb #c0f01737
+_heads_only = {k: x for k, x in _common.items() if k not in ("num_key_value_heads", "head_dim")}
+ARCHS |= { # other attention, other layers
+    "gemma4": ("Gemma4TextConfig", _common | _gemma4),
+    "qwen3_5": ("Qwen3_5TextConfig", _common | _delta),
+    "granite_hybrid": ("GraniteMoeHybridConfig", _common | _mamba | dict(layer_types=["mamba", "attention"], num_local_experts=0,
+                                                                       shared_intermediate_size=40)),
+    "lfm2": ("Lfm2Config", _common | dict(layer_types=["conv", "full_attention"])),
+    "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+    "phi3": ("Phi3Config", _common), "olmo2": ("Olmo2Config", _common), "granite": ("GraniteConfig", _common),
+    "gpt_neox": ("GPTNeoXConfig", _heads_only), "glm4": ("Glm4Config", _common), "cohere": ("CohereConfig", _common),
+    "falcon": ("FalconConfig", dict(hidden_size=32, ffn_hidden_size=64, num_hidden_layers=2, num_attention_heads=4)),
+    "cohere2": ("Cohere2Config", _common), "smollm3": ("SmolLM3Config", _common), "stablelm": ("StableLmConfig", _common),
+    "nemotron": ("NemotronConfig", _common),
+}
+
 # %% ../../nbs/testing/00_tiny.ipynb #6bfcd7ec
 def tiny_model(arch: str, # one of `ARCHS`
                *, seed: int = 0, # of the weights
@@ -64,7 +106,9 @@ def tiny_model(arch: str, # one of `ARCHS`
     ids = dict(vocab_size=len(tok), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     cfg = getattr(tf, name)(**(ids | sizes | config))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        hf = tf.AutoModelForCausalLM.from_config(cfg, dtype=torch.float32).eval()
+        torch.manual_seed(seed) # of the vectors that a model draws itself
+        auto = tf.AutoModelForSeq2SeqLM if getattr(cfg, "is_encoder_decoder", False) else tf.AutoModelForCausalLM
+        hf = auto.from_config(cfg, dtype=torch.float32).eval()
         gen = torch.Generator().manual_seed(seed)
         for w in hf.parameters(): w.copy_(torch.randn(w.shape, generator=gen)*std + (w if w.ndim == 1 else 0))
     return hf, tok

@@ -47,7 +47,7 @@ class _Turns:
         self.starts.append(self.length)
         self.n, self.length = self.n + len(at), self.length + len(self.ids[-1])
 
-# %% ../../nbs/text/08_roles.ipynb #49829a0a
+# %% ../../nbs/text/08_roles.ipynb #edab114a
 def _gather(lang: str, talks: Iterable[Talk], tokenizer, roles: tuple[str, ...], turns: _Turns) -> Iterator[list[str]]:
     "Conversation by conversation up to the limit: what the asked roles say in each."
     for t in talks:
@@ -81,7 +81,7 @@ def _check_roles(roles: Iterable[str], packing: Packing) -> tuple[str, ...]:
     if packing.bos_token_id is not None: raise CorpusError("the template writes what stands before a conversation; leave bos_token_id out")
     return roles
 
-# %% ../../nbs/text/08_roles.ipynb #a66ca08a
+# %% ../../nbs/text/08_roles.ipynb #9c05cbdd
 @takes(packing=Packing)
 def pack_roles(corpus: Corpus, # conversations by language
                tokenizer, # of transformers, fast, with a chat template

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..find.neurons import NeuronSet
+from ..models.quantised import form, stored
 from .neuron_lora import Matrix, TuneConfig, Wiring, _chosen, _picked, attach, count_parameters, wiring
 
 # %% ../../nbs/tuning/06_memory.ipynb #78dd4b89
@@ -98,6 +99,19 @@ def _kept_by_layer(hf, picked: dict, config: TuneConfig, w: Wiring) -> int: # by
     return _adapter_keeps(picked, config) + _norms_keep(hf.get_submodule(_prefix(w)), w.d_model) + attention + mlp
 
 # %% ../../nbs/tuning/06_memory.ipynb #4a000f58
+def _size(ps: Iterable[Tensor]) -> int: return sum(t.numel()*t.element_size() for p in ps for t in stored(p)) # bytes
+
+def _held(hf, w: Wiring, c: int) -> tuple[int, int, int]: # bytes: of all matrices; of the largest that is unpacked; unpacked, of a layer
+    "bitsandbytes unpacks a matrix for as long as it is multiplied with, torchao's stay unpacked until the layer's backward pass."
+    held = whole = graph = 0
+    for m in w.matrices:
+        weight, full = hf.get_submodule(m.name)._parameters["weight"], c*m.n_in*m.n_out
+        how = form(weight)
+        held += _size(stored(weight)) if how else full
+        if how and "torchao" in how: graph += full*(m.layer == w.n_layers - 1)
+        elif how: whole = max(whole, full)
+    return held, whole, graph
+
 _moments = dict(adamw_torch=2, sgd=0, adafactor=0)
 
 def predict_memory(hf, # a Hugging Face model; on the meta device too
@@ -110,13 +124,14 @@ def predict_memory(hf, # a Hugging Face model; on the meta device too
     picked = _picked(w, _chosen(w, neurons, config), config)
     c, N = _bytes_of(config), config.batch_size*length
     embeddings = V*w.d_model*(1 if hf.config.get_text_config().tie_word_embeddings or _classifies(hf) else 2)
-    weights = c*(embeddings + sum(m.n_in*m.n_out for m in w.matrices))
+    held, whole, graph = _held(hf, w, c)
+    weights = c*embeddings + held
     allocated = count_parameters(w, neurons, config).allocated
     selections = sum(len(n)*(m.n_out if m.role == "in" else m.n_in) for m, n in picked.values() if _selects(m, config))
     learned = 4*(allocated - selections)
-    layer, head = N*_kept_by_layer(hf, picked, config, w), 0 if _classifies(hf) else 12*N*V
+    layer, head = N*_kept_by_layer(hf, picked, config, w) + graph, 0 if _classifies(hf) else 12*N*V
     kept = w.n_layers*(N*c*w.d_model if config.gradient_checkpointing else layer)
-    at_layer = layer if config.gradient_checkpointing else 0
+    at_layer = (layer if config.gradient_checkpointing else 0) + whole
     return Memory(weights, 4*allocated, learned, _moments[config.optimizer]*learned, kept + max(head, at_layer))
 
 # %% ../../nbs/tuning/06_memory.ipynb #a441a399
@@ -168,8 +183,6 @@ def _shapes_only_attention(hf) -> None:
     if not _classifies(hf): hf.config.pad_token_id = None # or it would look for pads among ids that have no values
 
 # %% ../../nbs/tuning/06_memory.ipynb #1cf2f27d
-def _size(ps: Iterable[Tensor]) -> int: return sum(p.numel()*p.element_size() for p in ps) # bytes
-
 def _optimizer(learned: list[Tensor], config: TuneConfig) -> torch.optim.Optimizer:
     "The Trainer's optimizer of that name."
     from transformers.optimization import Adafactor
@@ -195,7 +208,8 @@ def dry_run_memory(hf, # from `meta_model`: it is wrapped, so make a fresh one f
     learned = [p for p in model.parameters() if p.requires_grad]
     adapter = [p for n, p in model.named_parameters() if "lora_" in n]
     optimizer = _optimizer(learned, config)
-    for p in [*model.parameters(), *model.buffers()]: live.add(p)
+    for p in [*model.parameters(), *model.buffers()]:
+        for t in stored(p): live.add(t)
     fixed = live.now
     with live:
         _step(model, config, length)

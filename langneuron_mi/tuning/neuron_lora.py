@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..find.neurons import NeuronSet
+from ..models.hooked import ModelError
+from ..models.parts import Anatomy, anatomy, features, has_heads, stacks_of
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #02a4dc0f
 class TuningError(ValueError):
@@ -98,47 +100,31 @@ class Wiring:
     def of(self, *roles: str) -> list[Matrix]: return [m for m in self.matrices if m.role in roles]
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #c6ffb3f3
-def _features(module) -> tuple[int, int] | None: # (read, written)
-    "Width of a linear layer's input and output; None of anything else."
-    if isinstance(module, nn.Linear): return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"): return module.weight.shape[0], module.nf  # GPT-2 stores the transpose
-    return None
+def _dense(hf) -> Anatomy:
+    "The parts of a decoder with one MLP of one width in every layer; others are refused."
+    try: found = anatomy(hf)
+    except ModelError as e: raise TuningError(str(e)) from e
+    if not found.layout.dense:
+        raise TuningError(f"chosen neurons are tuned in decoders with one dense MLP of one width in every layer; {type(hf).__name__} has "
+                          f"{found.layout}. Recording, identification and interventions work on it")
+    return found
 
-def _has_heads(module) -> bool:
-    "Is it an attention?"
-    return any(isinstance(getattr(module, k, None), int) for k in ("head_dim", "num_heads", "num_attention_heads"))
-
-def _layers(hf) -> tuple[str, nn.ModuleList]:
-    "Name and list of the decoder's layers."
-    n = hf.config.get_text_config().num_hidden_layers
-    for name, m in hf.named_modules():
-        if not isinstance(m, nn.ModuleList) or len(m) != n: continue
-        if all(any(_has_heads(c) for c in layer.children()) for layer in m): return name, m
-    raise TuningError(f"{type(hf).__name__} has no list of {n} layers with attention: its neurons cannot be found")
+def _attention(layer: nn.Module) -> list[str]:
+    "Names of a layer's attention modules."
+    return [name for name, c in layer.named_children() if has_heads(c)]
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #1a5414a5
 def wiring(hf, # a Hugging Face decoder; on the meta device too
           ) -> Wiring:
     "Find the attention's and the neurons' matrices by what they connect."
-    prefix, layers = _layers(hf)
-    d_model, found, widths = hf.config.get_text_config().hidden_size, [], set()
-    for l, layer in enumerate(layers):
-        attention = next(name for name, c in layer.named_children() if _has_heads(c))
-        rows = [(name, *_features(m)) for name, m in layer.named_modules() if _features(m)]
-        outside = [r for r in rows if not r[0].startswith(f"{attention}.")]
-        out = [(name, i) for name, i, o in outside if o == d_model and i != d_model]
-        into = [name for name, i, o in outside if i == d_model and o != d_model]
-        if len(out) != 1 or not into or len(out) + len(into) != len(outside):
-            raise TuningError(f"layer {l} of {type(hf).__name__} is no MLP with one matrix back to the residual stream "
-                              f"({[r[0] for r in outside]}); mixtures of experts and MLPs as wide as the model are not supported")
-        widths.add(out[0][1])
-        role = dict.fromkeys(into, "in") | {out[0][0]: "out"}
-        found += [Matrix(f"{prefix}.{l}.{name}", l, role.get(name, "attention"), i, o) for name, i, o in rows]
-    if len(widths) > 1: raise TuningError(f"the layers of {type(hf).__name__} have different numbers of neurons ({sorted(widths)})")
-    d_mlp = widths.pop()
-    odd = next((m for m in found if m.role == "in" and m.n_out % d_mlp), None)
-    if odd: raise TuningError(f"{odd.name} writes {odd.n_out} features, no multiple of the {d_mlp} neurons")
-    return Wiring(len(layers), d_model, d_mlp, tuple(found))
+    a, found = _dense(hf), []
+    for l, (path, layer) in enumerate(stacks_of(hf)["decoder"]):
+        mlp, heads = a.part(l, "mlp"), _attention(layer)
+        role = {mlp.into: "in", mlp.down: "out"} | ({} if mlp.up is None else {mlp.up: "in"})
+        for name, m in layer.named_modules():
+            mine = role.get(m) or ("attention" if any(name.startswith(f"{h}.") for h in heads) else None)
+            if mine and features(m): found.append(Matrix(f"{path}.{name}", l, mine, *features(m)))
+    return Wiring(a.layout.n_layers, hf.config.get_text_config().hidden_size, a.layout.width, tuple(found))
 
 # %% ../../nbs/tuning/00_neuron_lora.ipynb #94e2c851
 def _chosen(w: Wiring, neurons: NeuronSet | None, config: TuneConfig) -> list[Tensor]: # indices, layer by layer

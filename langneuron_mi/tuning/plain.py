@@ -6,26 +6,44 @@
 __all__ = ['plain_model', 'classifier']
 
 # %% ../../nbs/tuning/01_plain.ipynb #86ff3146
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ..models.hooked import ModelView
+from ..models.quantised import dequantised, packed_layers
 from ..models.view import view
 from .neuron_lora import TuningError
 
 # %% ../../nbs/tuning/01_plain.ipynb #5e724986
-def _weights(v: ModelView) -> dict[str, Tensor]:
+class _Weights(Mapping):
+    "A model's weights by their own names; a quantised one is unpacked when it is read."
+    def __init__(self, hf: torch.nn.Module):
+        self.packed = packed_layers(hf)
+        inside = tuple(f"{name}.weight." for name in self.packed) # scales
+        state = {n.replace("._original_component", ""): t for n, t in hf.state_dict().items()}
+        self._held = {n: t for n, t in state.items() if not n.startswith(inside)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self.packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return self._held[name] if layer is None else dequantised(layer)
+    def __iter__(self) -> Iterator[str]: return iter(self._held)
+    def __len__(self) -> int: return len(self._held)
+
+def _weights(v: ModelView) -> _Weights:
     "The Hugging Face model's weights by their own names."
     if v.hf is None:
         raise TuningError(f"{v.model_id} is a HookedTransformer, which keeps its weights in another form; "
                           "tuning needs the Hugging Face model: load it with load_model(name or hf_model, tokenizer=...)")
-    return {n.replace("._original_component", ""): t for n, t in v.hf.state_dict().items()}
+    return _Weights(v.hf)
 
+# %% ../../nbs/tuning/01_plain.ipynb #a5864997
 def _config(v: ModelView):
-    "A fresh copy of the model's config; attention as Hugging Face chooses it."
-    return type(v.hf.config).from_dict({k: x for k, x in v.hf.config.to_dict().items() if "attn_implementation" not in k})
+    "A fresh copy of the model's config; attention as Hugging Face chooses it, weights in full."
+    drop = ("attn_implementation", "quantization_config")
+    return type(v.hf.config).from_dict({k: x for k, x in v.hf.config.to_dict().items() if not any(d in k for d in drop)})
 
 def _empty(cls, config):
     "A model whose parameters have no memory yet; buffers are computed."
@@ -33,21 +51,42 @@ def _empty(cls, config):
     make = getattr(cls, "from_config", cls)
     with init_empty_weights(include_buffers=False): return make(config)
 
-def _fill(hf, weights: Mapping[str, Tensor], dtype: torch.dtype | None, share: bool) -> list[str]: # names that `weights` lacks
+# %% ../../nbs/tuning/01_plain.ipynb #ae8bd61b
+def _own(layer: torch.nn.Module, bias: torch.nn.Parameter | None, dtype: torch.dtype | None) -> torch.nn.Module:
+    "A quantised layer as an object of its own, over the same packed numbers."
+    own = copy.copy(layer)
+    for name in ("forward", "_hf_hook", "_old_forward"): vars(own).pop(name, None)  # accelerate's, tied to the other object
+    weight = layer.weight.to(dtype) if dtype and hasattr(layer.weight, "target_dtype") else layer.weight
+    own._parameters = dict(weight=torch.nn.Parameter(weight, requires_grad=False) if weight is not layer.weight else weight, bias=bias)
+    own._forward_hooks, own._forward_pre_hooks = type(layer._forward_hooks)(), type(layer._forward_pre_hooks)()
+    if dtype and hasattr(own, "compute_dtype"): own.compute_dtype, own.compute_type_is_set = dtype, True
+    return own
+
+def _put_packed(hf, weights: _Weights, dtype: torch.dtype | None) -> set[str]: # names of their weights
+    "Put the quantised layers in the place of the plain ones, and say so in peft's words."
+    there = {name: layer for name, layer in weights.packed.items() if f"{name}.weight" in hf.state_dict()}
+    for name, layer in there.items():
+        hf.set_submodule(name, _own(layer, hf.get_submodule(name)._parameters.get("bias"), dtype))
+    hf.is_loaded_in_4bit = any(type(layer.weight).__name__ == "Params4bit" for layer in there.values())
+    hf.is_loaded_in_8bit = any(type(layer.weight).__name__ == "Int8Params" for layer in there.values())
+    return {f"{name}.weight" for name in there}
+
+def _fill(hf, weights: _Weights, dtype: torch.dtype | None, share: bool) -> list[str]: # names that `weights` lacks
     "Give an empty model its weights, under their own names or those of a model with another head."
     state = {}
     for name in hf.state_dict():
-        if name not in weights: continue
+        if name not in weights or share and name.removesuffix(".weight") in weights.packed: continue
         t = weights[name].detach()
         state[name] = t.to(dtype or t.dtype, copy=not share) if t.is_floating_point() else t.clone()
     missing = hf.load_state_dict(state, strict=False, assign=True).missing_keys
     hf.tie_weights()
-    return missing
+    placed = _put_packed(hf, weights, dtype) if share else set()
+    return [name for name in missing if name not in placed]
 
 # %% ../../nbs/tuning/01_plain.ipynb #f8b89d5c
 def plain_model(model, # a TransformerBridge around a Hugging Face model
                 *, dtype: torch.dtype | None = None, # None: the model's own
-                share: bool = True, # False: a copy of the weights, free to be changed
+                share: bool = True, # False: a copy of the weights as ordinary numbers, free to be changed
                ): # Hugging Face model, in evaluation mode, without gradients
     "The plain Hugging Face model inside, sharing its weights."
     v = view(model)
@@ -73,7 +112,7 @@ def classifier(model, # a TransformerBridge around a Hugging Face model
                num_labels: int, # 2 or more
                *, pad_token_id: int, # to tell real tokens from pads
                dtype: torch.dtype | None = None, # None: the model's own
-               share: bool = True, # False: a copy of the weights
+               share: bool = True, # False: a copy of the weights as ordinary numbers
                seed: int = 0, # of the new head
               ): # Hugging Face sequence classification model
     "The model's body with a new classification head."

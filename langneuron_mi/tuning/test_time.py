@@ -67,6 +67,7 @@ def token_values(model, # a hooked model
                 ) -> TokenValues:
     "Values of the neurons over a language's text, BOS left out."
     v, got = view(model).check(), {}
+    v.dense_only("a test-time value")
     if neurons.site != "gate":
         raise ValueError(f"these values are of the activation, and the neurons are of the site {neurons.site!r}; find neurons at 'gate'")
     w = pack(text, v.tokenizer, langs=[lang], tokens=tokens, length=min(length, v.n_ctx), seed=seed, bos_token_id=v.bos_token_id)

@@ -23,7 +23,7 @@ from ..find.neurons import NeuronSet
 from ..models.loading import load_model
 from ..models.view import view
 from .neuron_lora import ParameterCount, TuneConfig, TuningError, _chosen, _peft, _picked, wiring
-from .plain import _weights, classifier, plain_model
+from .plain import _config, _empty, _weights, classifier, plain_model
 
 # %% ../../nbs/tuning/04_tuned.ipynb #0441184c
 NEURONS, STORY, LOG = "neurons.safetensors", "tuning.json", "log.csv"
@@ -93,7 +93,7 @@ def save(self: Tuned, folder: str | os.PathLike # a new folder
 
 # %% ../../nbs/tuning/04_tuned.ipynb #cd77245d
 @patch
-def merged(self: Tuned): # Hugging Face model, in the dtype of the model that was tuned
+def merged(self: Tuned): # Hugging Face model, in the dtype of the model that was tuned; never quantised
     "A copy of the model with the adapter added to its weights."
     v = view(self.model)
     if self.num_labels is None: hf = plain_model(v, share=False)
@@ -152,7 +152,7 @@ def _may_change(name: str, d: Tensor, hf, allowed: dict) -> Tensor: # boolean
 @patch
 def check(self: Tuned) -> pd.DataFrame: # a row per weight that may change: inside, changed, largest (absolute), in numbers of the weight
     "Prove that merged minus original is exactly 0 outside the mask; an error names the weight where it is not."
-    hf = plain_model(self.model)
+    hf = _empty(type(view(self.model).hf), _config(view(self.model)))
     allowed, names, rows = _allowed(self, hf), dict(hf.named_parameters()), []
     for name in _weights(view(self.model)):
         if name not in self._merged_weights or name not in names: continue

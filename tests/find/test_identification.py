@@ -190,7 +190,7 @@ def test_random_neurons_sizes_pool_and_seeds():
         assert r.method == "random" and r.parameters == dict(seed=4, like="lape", among=among) and r.langs == found.langs
         for lang in found: assert r[lang].per_layer().tolist() == found[lang].per_layer().tolist()
         if among == "eligible": assert all(v <= eligible for v in r.values())
-    with pytest.raises(ValueError, match="'all' or 'eligible'"): random_neurons(found, among="active")
+    with pytest.raises(ValueError, match="'all', 'eligible' or 'part'"): random_neurons(found, among="active")
     with pytest.raises(TypeError, match="like="): random_neurons(s)
     other = stats(s.count_pos[:, :, :9], [200] * 3)
     with pytest.raises(ValueError, match="shape differs"): random_neurons(other, found)

@@ -66,9 +66,8 @@ def test_loading_device_map(tmp_path):
     assert view(model).dtype == torch.float32 and view(model).fingerprint == view(load_model(str(tmp_path))).fingerprint
     here = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
     parts = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}
-    try: partly = load_model(str(tmp_path), device_map=parts, offload_folder=str(tmp_path / "off"))
-    except ModelError as e: assert "disk" in str(e)  # TransformerLens 3.9 refuses what 4.3 runs
-    else:
-        got, want = (record(m, TEXTS, length=16, groups="all", texts=3, progress=False) for m in (partly, model))
-        assert got.model == want.model and torch.equal(got.count_pos, want.count_pos) and torch.equal(got.impact["en"], want.impact["en"])
+    partly = load_model(str(tmp_path), device_map=parts, offload_folder=str(tmp_path / "off"))
+    got, want = (record(m, TEXTS, length=16, groups="all", texts=3, progress=False) for m in (partly, model))
+    assert got.model == want.model and torch.equal(got.count_pos, want.count_pos)
+    torch.testing.assert_close(got.impact["en"], want.impact["en"])  # on the plain model attention is sdpa
     with pytest.raises(ModelError, match="device_map"): load_model(hf, tokenizer=tok, device_map="auto")

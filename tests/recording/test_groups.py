@@ -5,13 +5,15 @@ import torch
 from hypothesis import given, strategies as st
 from lens import lens_models
 
-from langneuron_mi.recording.stats import ActivationStats, text_file
+from langneuron_mi.recording.stats import ActivationStats
+from langneuron_mi.recording.text_files import text_file
 from langneuron_mi.core.atomic import ArtifactError
 from langneuron_mi.text.sources import load_corpus
 from langneuron_mi.recording.groups import LEVELS, N_BINS, Layer, Seen, _edges, bins, groups, quantiles
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
-from langneuron_mi.recording.recorder import Recorder, RecordingError, shards
+from langneuron_mi.recording.passes import RecordingError
+from langneuron_mi.recording.recorder import Recorder, shards
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.tiny import tiny_model
 from langneuron_mi.text.windows import pack

@@ -18,7 +18,8 @@ from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.recording.stats import ActivationStats
-from langneuron_mi.recording.recorder import Recorder, RecordingError, shards
+from langneuron_mi.recording.passes import RecordingError
+from langneuron_mi.recording.recorder import Recorder, shards
 from langneuron_mi.recording.tokens import cache_activations
 from langneuron_mi.recording.record import record
 from langneuron_mi.testing.planted import planted_model

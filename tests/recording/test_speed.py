@@ -8,7 +8,8 @@ from langneuron_mi.models.attention import attend
 from langneuron_mi.models.loading import load_model
 from langneuron_mi.models.view import view
 from langneuron_mi.recording.record import record
-from langneuron_mi.recording.recorder import Recorder, _ahead, _Batch
+from langneuron_mi.recording.passes import Batch, Reading, ahead
+from langneuron_mi.recording.recorder import Recorder
 from langneuron_mi.recording.speed import measure_speed
 from langneuron_mi.testing.tiny import tiny_model
 
@@ -74,21 +75,21 @@ def test_speed_next_batch_is_made_before_this_one_is_done():
     def batches():
         for i in range(3):
             made.append(i)
-            yield _Batch(torch.tensor([[i]]), 1)
-    seen = [(int(b.ids), len(made)) for b in _ahead(batches(), torch.device("cpu"))]
+            yield Batch(torch.tensor([[i]]), 1)
+    seen = [(int(b.ids), len(made)) for b in ahead(batches(), torch.device("cpu"))]
     assert seen == [(0, 2), (1, 3), (2, 3)]
-    assert list(_ahead(iter([]), torch.device("cpu"))) == []
+    assert list(ahead(iter([]), torch.device("cpu"))) == []
 
 
 def test_speed_sums_stay_where_the_layer_is(monkeypatch):
     "A layer's sums are made on the device of its activations: here one that only looks like another."
     hf, tok = tiny_model("llama")
     model = load_model(hf, tokenizer=tok)
-    asked, real = [], Recorder._fresh
-    def fresh(self, layer, n, device):
+    asked, real = [], Reading.fresh
+    def fresh(self, layer, part, n, device):
         asked.append((layer, device.type))
-        return real(self, layer, n, device)
-    monkeypatch.setattr(Recorder, "_fresh", fresh)
+        return real(self, layer, part, n, device)
+    monkeypatch.setattr(Reading, "fresh", fresh)
     record(model, TEXTS, length=16, shard_size=100, progress=False)
     assert asked == [(l, "cpu") for _ in TEXTS for l in range(2)], "once per layer and shard, at its first activation"
 

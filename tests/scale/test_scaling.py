@@ -34,7 +34,8 @@ from langneuron_mi.find.neurons import NeuronSet
 from langneuron_mi.measure.perplexity import perplexity_matrix
 from langneuron_mi.measure.facts import Fact
 from langneuron_mi.measure.probes import Probes
-from langneuron_mi.recording.recorder import Recorder, RecordingError
+from langneuron_mi.recording.passes import RecordingError
+from langneuron_mi.recording.recorder import Recorder
 from langneuron_mi.recording.record import record
 from langneuron_mi.share.sharing import sharing
 from langneuron_mi.models.attention import attend
