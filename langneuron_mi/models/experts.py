@@ -147,9 +147,12 @@ def _loop(self: ExpertPoints, x: Tensor, index: Tensor, weights: Tensor, compute
 # %% ../../nbs/models/12_experts.ipynb #fffeba67
 def _instead(module: nn.Module, name: str, fn: Callable, run: Callable) -> Tensor:
     "Run with a method of the module replaced."
+    kept = {k: x for k, x in module.__dict__.items() if k == name} # an activation may be a plain function of the instance
     module.__dict__[name] = fn
     try: return run()
-    finally: del module.__dict__[name]
+    finally:
+        del module.__dict__[name]
+        module.__dict__.update(kept)
 
 @patch
 def _run(self: ExpertPoints, *args, **kwargs) -> Tensor:

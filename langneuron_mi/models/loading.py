@@ -73,6 +73,7 @@ def _hooked(hf, tokenizer, name: str):
     if "_langneuron_hooked" in hf.__dict__: return hooked_hf(hf, tokenizer)
     try: layout = anatomy(hf).layout
     except ModelError as e: layout, unknown = None, e # wrapped before, or of a form that only TransformerLens may know
+    if layout is None and getattr(hf.config, "is_encoder_decoder", False): raise unknown # TransformerLens's bridge has no neurons of these
     try:
         if layout is not None and not layout.dense: raise ModelError(f"its layers are {layout}")
         want = _few_logits(hf)
@@ -80,9 +81,10 @@ def _hooked(hf, tokenizer, name: str):
             model = _bridge(hf, tokenizer, name)
             if layout is not None: _facts[model] = dict(layout=layout)
             _check_same(_few_logits(hf), want)
+            if not view(model).layout.size: raise ModelError("it has no MLP in any layer")
             view(model).check()
             return model
-    except (ModelError, AttributeError, TypeError, RuntimeError, IndexError, KeyError) as e:
+    except (ValueError, AttributeError, TypeError, RuntimeError, IndexError, KeyError, NotImplementedError) as e:
         if layout is None: raise ModelError(f"{unknown}; TransformerLens's bridge does not take it either: {str(e)[:200]}") from e
         said = "%s goes without TransformerLens's bridge, with its hook points on the plain model: %s"
         logging.getLogger(__name__).info(said, name, str(e).splitlines()[0][:300])

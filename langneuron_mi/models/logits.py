@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .hooked import ModelView
+from .hooked import ModelError, ModelView
 from .quantised import form
 
 # %% ../../nbs/models/01_logits.ipynb #969aae19
@@ -51,10 +51,17 @@ def base(self: ModelView):
     base = getattr(self.hf, "base_model", self.hf)
     return base if base is not self.hf else getattr(self.hf, "model", self.hf)
 
+def _start_of(hf) -> int:
+    "The token with which an encoder-decoder's decoder starts; T5 starts with its pad."
+    asked = [(o, "decoder_start_token_id") for o in (hf.config, getattr(hf, "generation_config", None))] + [(hf.config, "pad_token_id")]
+    found = next((t for o, name in asked if isinstance(t := getattr(o, name, None), int)), None)
+    if found is None: raise ModelError(f"{type(hf).__name__} does not tell its decoder's start token; set config.decoder_start_token_id")
+    return found
+
 @patch
 def _fed(self: ModelView, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]: # [batch, 1 + pos]
     "What the decoder of an encoder-decoder is given: its start token, then the text."
-    start = ids.new_full((len(ids), 1), self.hf.config.decoder_start_token_id)
+    start = ids.new_full((len(ids), 1), _start_of(self.hf))
     return torch.cat([start, ids], 1), None if mask is None else torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
 
 @patch

@@ -123,6 +123,8 @@ def generate(self: ModelView,
     if kwargs and not self.is_bridge:
         raise ModelError(f"a HookedTransformer does not take the generation options {sorted(kwargs)}; "
                          "load the model as a TransformerBridge")
+    if self.is_bridge and not hasattr(self.hf, "generate"):
+        raise ModelError(f"{self.model_id} writes no text: it is a {type(self.hf).__name__}; load a model that generates")
     options = dict(max_new_tokens=max_new_tokens, do_sample=do_sample) | self.stops_at(self.end_ids(listed(prompts))) | kwargs
     torch.manual_seed(seed)
     return self.continue_ids(*self.encode(prompts), use_cache=use_cache, **options)

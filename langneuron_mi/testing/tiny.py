@@ -82,6 +82,10 @@ ARCHS |= { # other attention, other layers
     "qwen3_5": ("Qwen3_5TextConfig", _common | _delta),
     "granite_hybrid": ("GraniteMoeHybridConfig", _common | _mamba | dict(layer_types=["mamba", "attention"], num_local_experts=0,
                                                                        shared_intermediate_size=40)),
+    "nemotron_h": ("NemotronHConfig", dict( # a layer of each kind: state space, MLP, attention, experts without a gate
+        hidden_size=32, num_hidden_layers=4, hybrid_override_pattern="M-*E", mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=16,
+        n_groups=2, chunk_size=4, n_routed_experts=4, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, moe_intermediate_size=24, moe_shared_expert_intermediate_size=40)),
     "lfm2": ("Lfm2Config", _common | dict(layer_types=["conv", "full_attention"])),
     "mt5": ("MT5Config", dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
     "phi3": ("Phi3Config", _common), "olmo2": ("Olmo2Config", _common), "granite": ("GraniteConfig", _common),

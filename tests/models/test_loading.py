@@ -1,6 +1,7 @@
 "Loading: from whatever you have, with errors that say what to do."
 import pytest
 import torch
+import transformers
 
 from langneuron_mi.models import loading
 from langneuron_mi.models.hooked import ModelError
@@ -71,3 +72,34 @@ def test_loading_device_map(tmp_path):
     assert got.model == want.model and torch.equal(got.count_pos, want.count_pos)
     torch.testing.assert_close(got.impact["en"], want.impact["en"])  # on the plain model attention is sdpa
     with pytest.raises(ModelError, match="device_map"): load_model(hf, tokenizer=tok, device_map="auto")
+
+
+SEQ2SEQ = dict(pad_token_id=0, eos_token_id=2, num_heads=4, d_model=32, d_ff=64, d_kv=8, num_layers=2)
+OTHERS = {
+    "MambaConfig": (dict(hidden_size=32, num_hidden_layers=2), "no MLP in any layer"),
+    "SwitchTransformersConfig": (SEQ2SEQ | dict(num_experts=4, decoder_start_token_id=0), "several parts of one kind.*not supported"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_loading_families_that_cannot_be_read_say_so(name):
+    fields, said = OTHERS[name]
+    tok = tiny_model("llama")[1]
+    config = getattr(transformers, name)(vocab_size=len(tok), **fields)
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with pytest.raises(ModelError, match=said): load_model(auto.from_config(config).eval(), tokenizer=tok)
+
+
+def test_loading_families_t5_starts_with_its_pad_where_the_config_says_nothing():
+    tok = tiny_model("llama")[1]
+    hf = transformers.AutoModelForSeq2SeqLM.from_config(transformers.T5Config(vocab_size=len(tok), **SEQ2SEQ)).eval()
+    v, ids = view(load_model(hf, tokenizer=tok)), torch.tensor([[5, 6, 7]])
+    want = hf(input_ids=ids, decoder_input_ids=torch.tensor([[0, 5, 6, 7]])).logits[:, 1:]
+    torch.testing.assert_close(v.logits(ids), want)
+
+
+def test_loading_families_without_generation_say_so():
+    tok = tiny_model("llama")[1]
+    config = transformers.BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    v = view(load_model(transformers.AutoModelForMaskedLM.from_config(config).eval(), tokenizer=tok))
+    with pytest.raises(ModelError, match="writes no text: it is a BertForMaskedLM"): v.generate(["abc"], 2)

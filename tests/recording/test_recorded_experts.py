@@ -237,3 +237,19 @@ def test_experts_recording_that_was_interrupted_goes_on(stop, tmp_path, monkeypa
     a, b = got._tensors(), want._tensors()
     assert a.keys() == b.keys() >= {"routed", "router_weight"} and all(torch.equal(a[k], b[k]) for k in a)
     check_sums(got, "qwen2_moe", truths_of("qwen2_moe", "texts"))
+
+
+def test_experts_without_a_gate_and_layers_without_neurons_are_counted_by_hand():
+    hf, tok = tiny_model("nemotron_h")
+    v, seen, want = view(load_model(hf, tokenizer=tok)), [], torch.zeros(4, 24, dtype=torch.int64)
+    experts = v.points(3, "experts").module
+    handle = experts.register_forward_pre_hook(lambda m, args: seen.append((args[0].clone(), args[1].clone())))
+    texts = {"en": ["the quick brown fox jumps", "over the lazy dog"]*4}
+    stats = record(v.model, texts, length=16, tokens=60, groups="counts", batch_size=3, progress=False)
+    handle.remove()
+    for x, index in seen:
+        text = torch.arange(len(x)) % 16 != 0 # four whole windows, each behind its BOS
+        for e in range(4): want[e] += (x[(index == e).any(1) & text] @ experts.up_proj[e].T > 0).sum(0)
+    assert sum(len(x) for x, _ in seen) == 4*16 and stats.n_tokens == {"en": 60}
+    assert stats.layout.widths == (0, 64, 0, 136) and not stats.count_pos[0, [0, 2]].any()
+    assert torch.equal(stats.count_pos[0, 3, :96].view(4, 24), want) and want.any()

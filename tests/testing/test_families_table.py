@@ -7,7 +7,8 @@ import pytest
 from langneuron_mi.testing.families import STEPS, families_text, model_families
 from langneuron_mi.testing.tiny import ARCHS
 
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "llama4", "gemma4_moe", "granite_moe", "phi_moe"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "llama4", "gemma4_moe", "granite_moe", "phi_moe",
+            "nemotron_h"]
 PAGE = Path(__file__).parents[2]/"nbs/explanations/which_models.ipynb"
 
 
